@@ -1,0 +1,97 @@
+"""Puts routed adapters into a base model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .errors import SpecError
+from .methods import make_experts, method_class
+from .routed_linear import RoutedLinear, RoutingContext
+from .spec import AdapterSpec, TargetModule, routing_groups
+
+ALL_PROJECTIONS = r".*\.layers\.\d+\..*_proj"
+"""Every projection of every decoder layer, under the names that most Hugging Face models use."""
+
+
+@dataclass(frozen=True)
+class AdaptedModel:
+    """A base model with routed layers in place; `layers[i]` sits on `targets[i]`."""
+
+    model: nn.Module
+    spec: AdapterSpec
+    targets: tuple[TargetModule, ...]
+    layers: tuple[RoutedLinear, ...]
+    context: RoutingContext
+
+    @property
+    def groups(self) -> list[int]:
+        """For each module, the row of a router that it reads."""
+        return routing_groups(self.targets, self.spec.granularity)
+
+    def routing_shape(self) -> tuple[int, int]:
+        """Shape of a router's tensor: [groups, R]."""
+        return max(self.groups) + 1, method_class(self.spec.method).routing_size(self.spec)
+
+    def route(self, logits: Tensor, *, sample: bool = False) -> Tensor:
+        """Rows of the routing table, [..., M, W], of router logits [..., groups, R]."""
+        weights = method_class(self.spec.method).route(self.spec, logits, sample=sample)
+        return weights[..., self.groups, :]
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Freeze the experts into the tensors that serving reads."""
+        for layer in self.layers:
+            layer.prepare(dtype)
+
+
+def find_targets(model: nn.Module, pattern: str = ALL_PROJECTIONS) -> tuple[TargetModule, ...]:
+    """The linear layers whose whole name matches the regular expression, in the model's order.
+
+    Raises SpecError when none does: an adapter on nothing would silently be the base model.
+    """
+    matches = re.compile(pattern).fullmatch
+    found = tuple(
+        TargetModule(name, module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and matches(name)
+    )
+    if not found:
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        raise SpecError(
+            f"no linear layer matches {pattern!r}; the model has {len(linear)}, "
+            f"for example {', '.join(linear[:3])}"
+        )
+    return found
+
+
+def attach(
+    model: nn.Module, spec: AdapterSpec, targets: tuple[TargetModule, ...], *, seed: int = 0
+) -> AdaptedModel:
+    """Freeze `model` and replace each target module by a RoutedLinear with fresh experts.
+
+    Raises SpecError where a target is missing, is no linear layer, or has another shape.
+    """
+    model.requires_grad_(False)
+    context = RoutingContext()
+    generator = torch.Generator().manual_seed(seed)
+    modules = dict(model.named_modules())
+    layers = []
+    for index, target in enumerate(targets):
+        base = modules.get(target.name)
+        if not isinstance(base, nn.Linear):
+            raise SpecError(f"target module {target.name}: the model has no such linear layer")
+        found = base.in_features, base.out_features
+        if found != (target.d_in, target.d_out):
+            raise SpecError(
+                f"target module {target.name}: expected {target.d_in} -> {target.d_out}, "
+                f"the model has {found[0]} -> {found[1]}"
+            )
+        experts = make_experts(spec, target).to(base.weight.device)
+        experts.reset(generator)
+        layers.append(RoutedLinear(base, experts, index, context))
+        parent, _, attribute = target.name.rpartition(".")
+        setattr(modules[parent], attribute, layers[-1])
+    return AdaptedModel(model, spec, targets, tuple(layers), context)

@@ -1,0 +1,71 @@
+"""Every error that polyrex raises on purpose.
+
+PolyrexError
+├── SpecError            hyperparameters that make no adapter
+│   └── UnknownMethod    no method of that name
+├── FileError            a file that is not what it should be
+│   ├── MalformedFile    truncated, not safetensors, foreign or newer format, missing metadata
+│   ├── TensorMismatch   a tensor's name, shape, dtype or values
+│   ├── BaseModelMismatch    an inventory for another base model
+│   └── InventoryMismatch    a router for another inventory
+├── TaskError            the registry cannot do what was asked
+│   ├── UnknownTask
+│   ├── TaskExists
+│   └── InvalidTaskName
+└── DataError            rows or a manifest that cannot be read
+The server adds its own below this root (server/errors.py), and turns all of them into HTTP there.
+"""
+
+from __future__ import annotations
+
+
+class PolyrexError(Exception):
+    """Root of the tree: catch this to catch everything polyrex raises on purpose."""
+
+
+class SpecError(PolyrexError):
+    """Hyperparameters that make no adapter."""
+
+
+class UnknownMethod(SpecError):
+    """No adapter method of that name."""
+
+
+class FileError(PolyrexError):
+    """A file that is not what it should be; the message names the file."""
+
+
+class MalformedFile(FileError):
+    """Truncated, not safetensors, of a foreign or newer format, or without its metadata."""
+
+
+class TensorMismatch(FileError):
+    """A tensor is missing, unexpected, or has the wrong shape, dtype or values."""
+
+
+class BaseModelMismatch(FileError):
+    """The inventory was made for another base model."""
+
+
+class InventoryMismatch(FileError):
+    """The router was made for another inventory."""
+
+
+class TaskError(PolyrexError):
+    """The task registry cannot do what was asked."""
+
+
+class UnknownTask(TaskError):
+    """No task of that name."""
+
+
+class TaskExists(TaskError):
+    """The name is taken by a different router."""
+
+
+class InvalidTaskName(TaskError):
+    """The name does not match the allowed pattern."""
+
+
+class DataError(PolyrexError):
+    """Rows or a manifest that cannot be read."""

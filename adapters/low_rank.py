@@ -1,0 +1,99 @@
+"""LoRA, Poly and MHR: low-rank experts whose A and B sides are mixed with the same weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from polyrex.kernels.rank_space import rank_space
+from polyrex.kernels.routing import ModuleRouting
+
+from .errors import SpecError
+from .experts import Experts, Operands, normalised_gates
+from .spec import AdapterSpec, TargetModule
+
+
+class RankSpaceExperts(Experts):
+    """Experts whose delta is `B_t A_t x`, with A_t and B_t mixed from E experts on S blocks."""
+
+    @classmethod
+    def splits(cls, spec: AdapterSpec) -> int:
+        """S: how many blocks the two dimensions are cut into."""
+        return 1
+
+    @classmethod
+    def routing_size(cls, spec: AdapterSpec) -> int:
+        return cls.splits(spec) * spec.experts
+
+    @classmethod
+    def route(cls, spec: AdapterSpec, logits: Tensor, *, sample: bool = False) -> Tensor:
+        return normalised_gates(logits, spec.experts, sample=sample)
+
+    def delta(self, operands: Operands, x: Tensor, routing: ModuleRouting) -> Tensor:
+        a, b = operands
+        weights = routing.token_weights.unflatten(-1, (a.shape[0], -1))
+        return rank_space(x, a, b, weights)
+
+
+class MhrExperts(RankSpaceExperts):
+    """MHR (multi-head routing): `delta = B_t A_t x / r`, S blocks a side with weights of their own.
+
+    A_t's columns of input block s are `sum_e w_tse A_se`, B_t's rows of output block s are
+    `sum_e w_tse B_se`. S = 1 is Poly.
+    """
+
+    method = "mhr"
+    uses = frozenset({"rank", "experts", "splits", "granularity"})
+
+    def __init__(self, spec: AdapterSpec, target: TargetModule) -> None:
+        super().__init__(spec, target)
+        splits = self.splits(spec)
+        for side, size in (("d_in", target.d_in), ("d_out", target.d_out)):
+            if size % splits:
+                raise SpecError(f"{target.name}: {side} {size} does not divide into {splits} splits")
+        self.lora_a = nn.Parameter(torch.empty(splits, spec.experts, target.d_in // splits, spec.rank))
+        self.lora_b = nn.Parameter(torch.empty(splits, spec.experts, spec.rank, target.d_out // splits))
+
+    @classmethod
+    def splits(cls, spec: AdapterSpec) -> int:
+        return spec.splits
+
+    def scale(self) -> float:
+        """What the delta is multiplied by; the papers' code divides by the rank."""
+        return 1 / self.spec.rank
+
+    def reset(self, generator: torch.Generator) -> None:
+        bound = math.sqrt(3 / self.target.d_in)
+        nn.init.uniform_(self.lora_a, -bound, bound, generator=generator)
+        nn.init.zeros_(self.lora_b)
+
+    def operands(self, dtype: torch.dtype) -> Operands:
+        a = self.lora_a.transpose(2, 3).flatten(1, 2)  # [S, E*r, d_in/S]
+        b = self.lora_b.flatten(1, 2).transpose(1, 2) * self.scale()  # [S, d_out/S, E*r]
+        return a.to(dtype).contiguous(), b.to(dtype).contiguous()
+
+
+class PolyExperts(MhrExperts):
+    """Poly: `A_t = sum_e w_te A_e`, `B_t = sum_e w_te B_e`, `delta = B_t A_t x / r`."""
+
+    method = "poly"
+    uses = frozenset({"rank", "experts", "granularity"})
+
+
+class LoraExperts(PolyExperts):
+    """LoRA: `delta = B A x * alpha / r`; alpha is 1 where it is not given (the papers' code)."""
+
+    method = "lora"
+    uses = frozenset({"rank", "alpha"})
+
+    @classmethod
+    def routing_size(cls, spec: AdapterSpec) -> int:
+        return 0
+
+    @classmethod
+    def route(cls, spec: AdapterSpec, logits: Tensor, *, sample: bool = False) -> Tensor:
+        return Experts.route(spec, logits)
+
+    def scale(self) -> float:
+        return (1.0 if self.spec.alpha is None else self.spec.alpha) / self.spec.rank

@@ -1,0 +1,32 @@
+"""The registry of adapter methods: name -> class. A new method is one file here and one row below."""
+
+from __future__ import annotations
+
+import difflib
+from types import MappingProxyType
+
+from .errors import UnknownMethod
+from .experts import Experts
+from .low_rank import LoraExperts, MhrExperts, PolyExperts
+from .spec import AdapterSpec, TargetModule
+from .tensorpoly import TensorPoly1Experts
+
+METHODS: MappingProxyType[str, type[Experts]] = MappingProxyType(
+    {cls.method: cls for cls in (LoraExperts, PolyExperts, MhrExperts, TensorPoly1Experts)}
+)
+
+
+def method_class(name: str) -> type[Experts]:
+    """The class of a method; raises UnknownMethod with the nearest names."""
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=2)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise UnknownMethod(f"no adapter method {name!r}; there are {', '.join(METHODS)}{hint}")
+    return METHODS[name]
+
+
+def make_experts(spec: AdapterSpec, target: TargetModule) -> Experts:
+    """Experts of one target module, parameters not yet drawn; raises SpecError on a bad spec."""
+    cls = method_class(spec.method)
+    cls.check(spec)
+    return cls(spec, target)

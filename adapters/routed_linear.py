@@ -1,0 +1,49 @@
+"""The layer that adds a routed adapter to a frozen linear layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from polyrex.kernels.routing import StepRouting
+
+from .experts import Experts, Operands
+
+
+@dataclass
+class RoutingContext:
+    """Where the layers of one model find the routing of the current forward pass.
+
+    Whoever calls the model sets `step` before the call; None means the base model alone.
+    """
+
+    step: StepRouting | None = None
+
+
+class RoutedLinear(nn.Module):
+    """y = W x + b + delta(x; routing of x's token), with W and b frozen."""
+
+    def __init__(
+        self, base: nn.Linear, experts: Experts, index: int, context: RoutingContext
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.experts = experts
+        self.index = index
+        self.context = context
+        self._operands: Operands | None = None
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Derive the operands once, for serving; training derives them in every forward pass."""
+        with torch.no_grad():
+            self._operands = self.experts.operands(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        step = self.context.step
+        if step is None:
+            return y
+        operands = self._operands or self.experts.operands(x.dtype)
+        flat = x.reshape(-1, x.shape[-1])
+        return y + self.experts.delta(operands, flat, step.module(self.index)).view(y.shape)

@@ -1,0 +1,65 @@
+"""Routing weights as the layers read them: the table of slots, and one forward pass's view of it.
+
+A row of zeros means no adapter: every method's delta is exactly 0 for it. Slot 0 is that row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ModuleRouting(NamedTuple):
+    """What one target module sees of a forward pass: T tokens, D distinct rows, W weights a row."""
+
+    weights: Tensor  # [D, W] float32
+    rows: Tensor  # [T] int64, the row of each token
+    token_weights: Tensor  # [T, W] in the compute dtype: weights[rows]
+
+
+@dataclass(frozen=True)
+class StepRouting:
+    """The routing of one forward pass over M modules, gathered once for all of them."""
+
+    weights: Tensor  # [D, M, W] float32, one entry per distinct row
+    rows: Tensor  # [T] int64, which of the D each token uses
+    dtype: torch.dtype
+
+    @cached_property
+    def token_weights(self) -> Tensor:
+        """[M, T, W]: module-major, so that each layer's slice is contiguous."""
+        return self.weights.transpose(0, 1).to(self.dtype)[:, self.rows]
+
+    def module(self, index: int) -> ModuleRouting:
+        """The part that target module number `index` reads."""
+        return ModuleRouting(self.weights[:, index], self.rows, self.token_weights[index])
+
+
+class RoutingTable:
+    """Routing weights on the device: `slots` rows of [M, W] float32; row 0 is the base model."""
+
+    def __init__(self, slots: int, modules: int, width: int, device: torch.device) -> None:
+        self.weights = torch.zeros(slots, modules, width, device=device)
+
+    def write(self, slot: int, weights: Tensor) -> None:
+        """Fill one row, `weights` [M, W]. Slot 0 stays zero: it is what base requests read."""
+        assert slot > 0, "slot 0 is the base model"
+        self.weights[slot].copy_(weights)
+
+    def step(self, slots: Sequence[int], dtype: torch.dtype) -> StepRouting | None:
+        """The routing of a packed batch, `slots[t]` for each of its T tokens.
+
+        None when every token belongs to the base model: the layers then add nothing at all.
+        """
+        distinct = sorted(set(slots))
+        if distinct in ([], [0]):
+            return None
+        position = {slot: row for row, slot in enumerate(distinct)}
+        device = self.weights.device
+        rows = torch.tensor([position[slot] for slot in slots], device=device)
+        return StepRouting(self.weights[torch.tensor(distinct, device=device)], rows, dtype)

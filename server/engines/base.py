@@ -1,0 +1,111 @@
+"""The nouns that pass between the HTTP layer and an engine, and the protocol of an engine.
+
+Engines work on token ids. Text (prompts, chat templates, stop strings, incremental decoding) is
+the HTTP layer's business, the same for every engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from polyrex.adapters.registry import TaskVersion
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one completion is drawn. temperature 0 is greedy.
+
+    `seed` makes a sampled completion repeatable whatever else is in the batch.
+    `logprobs` asks for each token's log-probability and that many alternatives (0: only its own);
+    `prompt_logprobs` the same for the prompt's tokens.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One completion of one prompt for one pinned task version; no task is the base model."""
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    task: TaskVersion | None = None
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token with its log-probability and the best alternatives, where they were asked for."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenChunk:
+    """Tokens that became ready together. The last chunk of a request has a finish reason.
+
+    `prompt` is filled in the first chunk where prompt log-probabilities were asked for: one Token
+    a prompt token, the first without a log-probability. An end-of-sequence token is not in
+    `tokens`: finish_reason "stop" stands for it.
+    """
+
+    tokens: tuple[Token, ...]
+    finish_reason: FinishReason | None = None
+    prompt: tuple[Token, ...] | None = None
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Gauges and running totals, read by /metrics and /readyz."""
+
+    running: int
+    waiting: int
+    kv_cache_usage: float  # 0 to 1
+    slots_used: int
+    steps: int
+    prompt_tokens: int
+    generated_tokens: int
+
+
+class Engine(Protocol):
+    """Runs generation requests for any mix of task versions in one batch."""
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens that a prompt and its completion may have together."""
+        ...
+
+    async def start(self) -> None:
+        """Load, warm up and begin to serve; returns when the first request will be fast."""
+        ...
+
+    async def stop(self) -> None:
+        """End every request with EngineStopped and free what the engine holds."""
+        ...
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
+        """Stream the completion. Closing the iterator early aborts the request in the engine.
+
+        Raises EngineStopped when the engine is down, EngineError when this request failed.
+        """
+        ...
+
+    def check(self) -> None:
+        """Raise EngineStopped when the engine cannot serve: /livez and /readyz ask this."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """A snapshot; cheap, never blocks."""
+        ...
