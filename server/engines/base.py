@@ -6,7 +6,7 @@ the HTTP layer's business, the same for every engine.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -95,8 +95,8 @@ class Engine(Protocol):
         """End every request with EngineStopped and free what the engine holds."""
         ...
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
-        """Stream the completion. Closing the iterator early aborts the request in the engine.
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
+        """Stream the completion. Closing the generator early aborts the request in the engine.
 
         Raises EngineStopped when the engine is down, EngineError when this request failed.
         """

@@ -1,0 +1,36 @@
+"""How the server and its engine are set up. The command line's defaults are read from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of the embedded engine."""
+
+    max_batch_tokens: int = 512
+    """Most tokens, prompts' and completions', in one forward pass."""
+    max_running: int = 64
+    """Most requests that generate at the same time; further ones wait."""
+    slots: int = 1024
+    """Rows of the routing table: most different task versions in use at the same time."""
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What the HTTP layer needs to know."""
+
+    model: str
+    """The base model's id, as /v1/models and the `model` field show it."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key_digests: tuple[bytes, ...] = field(default=(), repr=False)
+    """sha256 of every key that is let in; none lets everybody in."""
+    max_in_flight: int = 256
+    """Completions admitted and not finished, running ones included; beyond it, 429."""
+    max_body_bytes: int = 1 << 20
+    max_header_bytes: int = 16 << 10
+    max_headers: int = 100
+    drain_seconds: int = 30
+    """How long running requests may take after SIGTERM."""
