@@ -118,14 +118,14 @@ def _convert_smollm2(target: Path) -> None:
     gguf = next(package.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf)
     quantised = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf, dtype=torch.float32)
-    # transformers refuses to save a model that came from GGUF; a fresh one with its weights it saves.
+    # transformers refuses to save a model that came from GGUF; a fresh one it saves.
     config = quantised.config.__class__.from_dict(
         {k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}
     )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
     model.load_state_dict(quantised.state_dict())
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    model.to(torch.bfloat16).save_pretrained(partial)
+    model.bfloat16().save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     if target.exists():
         shutil.rmtree(target)
@@ -133,7 +133,7 @@ def _convert_smollm2(target: Path) -> None:
 
 
 def load_base(path: str, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
-    """The base model in evaluation mode, frozen, in `dtype`; `path` as `resolve_base` returns it."""
+    """The base model in evaluation mode, frozen; `path` as `resolve_base` returns it."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     model: nn.Module = AutoModelForCausalLM.from_pretrained(
         path, config=config, dtype=dtype, trust_remote_code=False

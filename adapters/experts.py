@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+
 from polyrex.kernels.routing import ModuleRouting
 
 from .errors import SpecError
@@ -94,5 +95,6 @@ def normalised_gates(logits: Tensor, experts: int, *, sample: bool) -> Tensor:
     if sample:
         uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
         logits = logits + torch.logit(uniform)
-    gates = torch.sigmoid(logits).unflatten(-1, (-1, experts))
-    return (gates / (gates.sum(-1, keepdim=True) + 1e-12)).flatten(-2)
+    gates = torch.sigmoid(logits).view(*logits.shape[:-1], -1, experts)
+    normalised = gates / (gates.sum(-1, keepdim=True) + 1e-12)
+    return normalised.view(logits.shape)

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+
 from polyrex.kernels.rank_space import rank_space
 from polyrex.kernels.routing import ModuleRouting
 
@@ -32,7 +33,7 @@ class RankSpaceExperts(Experts):
 
     def delta(self, operands: Operands, x: Tensor, routing: ModuleRouting) -> Tensor:
         a, b = operands
-        weights = routing.token_weights.unflatten(-1, (a.shape[0], -1))
+        weights = routing.token_weights.view(len(x), a.shape[0], -1)
         return rank_space(x, a, b, weights)
 
 
@@ -51,9 +52,15 @@ class MhrExperts(RankSpaceExperts):
         splits = self.splits(spec)
         for side, size in (("d_in", target.d_in), ("d_out", target.d_out)):
             if size % splits:
-                raise SpecError(f"{target.name}: {side} {size} does not divide into {splits} splits")
-        self.lora_a = nn.Parameter(torch.empty(splits, spec.experts, target.d_in // splits, spec.rank))
-        self.lora_b = nn.Parameter(torch.empty(splits, spec.experts, spec.rank, target.d_out // splits))
+                raise SpecError(
+                    f"{target.name}: {side} {size} does not divide into {splits} splits"
+                )
+        self.lora_a = nn.Parameter(
+            torch.empty(splits, spec.experts, target.d_in // splits, spec.rank)
+        )
+        self.lora_b = nn.Parameter(
+            torch.empty(splits, spec.experts, spec.rank, target.d_out // splits)
+        )
 
     @classmethod
     def splits(cls, spec: AdapterSpec) -> int:

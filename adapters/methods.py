@@ -1,14 +1,16 @@
-"""The registry of adapter methods: name -> class. A new method is one file here and one row below."""
+"""The adapter methods: name -> class. A new method is one file here and one row below."""
 
 from __future__ import annotations
 
 import difflib
 from types import MappingProxyType
 
+from torch import Tensor
+
 from .errors import UnknownMethod
 from .experts import Experts
 from .low_rank import LoraExperts, MhrExperts, PolyExperts
-from .spec import AdapterSpec, TargetModule
+from .spec import AdapterSpec, TargetModule, routing_groups
 from .tensorpoly import TensorPoly1Experts
 
 METHODS: MappingProxyType[str, type[Experts]] = MappingProxyType(
@@ -30,3 +32,17 @@ def make_experts(spec: AdapterSpec, target: TargetModule) -> Experts:
     cls = method_class(spec.method)
     cls.check(spec)
     return cls(spec, target)
+
+
+def routing_shape(spec: AdapterSpec, targets: tuple[TargetModule, ...]) -> tuple[int, int]:
+    """Shape of a router's tensor: (groups, R)."""
+    groups = routing_groups(targets, spec.granularity)
+    return max(groups) + 1, method_class(spec.method).routing_size(spec)
+
+
+def route(
+    spec: AdapterSpec, targets: tuple[TargetModule, ...], logits: Tensor, *, sample: bool = False
+) -> Tensor:
+    """Rows of the routing table, [..., M, W], of router logits [..., groups, R]."""
+    weights = method_class(spec.method).route(spec, logits, sample=sample)
+    return weights[..., routing_groups(targets, spec.granularity), :]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
 from polyrex.kernels.routing import StepRouting
 
 from .experts import Experts, Operands

@@ -12,7 +12,7 @@ LAYER_NORM_EPS = 1e-5
 
 def leaf_size(dimension: int, order: int) -> int:
     """q = ceil(d ** (1 / N)), exact for perfect powers where the float root is not."""
-    q = max(1, round(dimension ** (1 / order)))
+    q: int = max(1, round(float(dimension) ** (1 / order)))
     while q**order < dimension:
         q += 1
     while (q - 1) ** order >= dimension:

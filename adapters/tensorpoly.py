@@ -34,7 +34,9 @@ class TensorPoly1Experts(RankSpaceExperts):
     def check(cls, spec: AdapterSpec) -> None:
         super().check(spec)
         if spec.norm == "layer" and spec.order not in (2, 4):
-            raise SpecError(f"{spec.method}: norm=layer is defined for order 2 and 4, got {spec.order}")
+            raise SpecError(
+                f"{spec.method}: norm=layer is defined for order 2 and 4, got {spec.order}"
+            )
 
     def reset(self, generator: torch.Generator) -> None:
         nn.init.normal_(self.weight_leafs_a, generator=generator)

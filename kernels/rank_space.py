@@ -19,7 +19,9 @@ def rank_space_reference(x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> Te
     b_se = b.view(splits, b.shape[1], experts, rank)  # [S, d_out/S, E, r]
     out = x.new_empty(len(x), splits * b.shape[1])
     for t in range(len(x)):
-        a_t = torch.cat([torch.einsum("e,eri->ri", weights[t, s], a_se[s]) for s in range(splits)], 1)
+        a_t = torch.cat(
+            [torch.einsum("e,eri->ri", weights[t, s], a_se[s]) for s in range(splits)], 1
+        )
         b_t = torch.cat([torch.einsum("e,oer->or", weights[t, s], b_se[s]) for s in range(splits)])
         out[t] = b_t @ (a_t @ x[t])
     return out
