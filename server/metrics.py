@@ -1,0 +1,96 @@
+"""What /metrics shows. Names that vLLM has too mean the same here; the rest begin with polyrex_.
+
+Nothing is labelled by task: ten thousand tasks would be ten thousand time series.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from polyrex.adapters.registry import TaskRegistry
+
+from .engines.base import EngineStats
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+
+class _Snapshot(Collector):
+    """Reads engine and registry when they are asked for, so that nothing has to be kept in step."""
+
+    def __init__(
+        self, stats: Callable[[], EngineStats], registry: TaskRegistry, in_flight: Callable[[], int]
+    ) -> None:
+        self._stats = stats
+        self._registry = registry
+        self._in_flight = in_flight
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # the engine may not be running yet
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        gauges: tuple[tuple[str, str, float], ...] = (
+            ("vllm:num_requests_running", "Completions being generated", stats.running),
+            ("vllm:num_requests_waiting", "Completions waiting in the engine", stats.waiting),
+            ("vllm:kv_cache_usage_perc", "Share of the KV cache in use", stats.kv_cache_usage),
+            ("polyrex_in_flight", "Completions admitted and not finished", self._in_flight()),
+            ("polyrex_slots_used", "Rows of the routing table in use", stats.slots_used),
+            ("polyrex_tasks", "Registered tasks", len(self._registry)),
+            (
+                "polyrex_tasks_rejected",
+                "Task files not taken at start",
+                len(self._registry.rejected),
+            ),
+        )
+        for name, text, value in gauges:
+            yield GaugeMetricFamily(name, text, value)
+        totals = (
+            ("vllm:prompt_tokens", "Prompt tokens processed", stats.prompt_tokens),
+            ("vllm:generation_tokens", "Tokens generated", stats.generated_tokens),
+            ("polyrex_engine_steps", "Forward passes", stats.steps),
+        )
+        for name, text, value in totals:
+            yield CounterMetricFamily(name, text, value)
+
+
+class Metrics:
+    """The metrics of one app, in a registry of its own."""
+
+    def __init__(
+        self, stats: Callable[[], EngineStats], tasks: TaskRegistry, in_flight: Callable[[], int]
+    ) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_Snapshot(stats, tasks, in_flight))
+        self.http_requests = Counter(
+            "polyrex_http_requests",
+            "HTTP requests answered",
+            ("method", "route", "status"),
+            registry=self._registry,
+        )
+        self.first_token = Histogram(
+            "vllm:time_to_first_token_seconds",
+            "From admission to a completion's first token",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self.latency = Histogram(
+            "vllm:e2e_request_latency_seconds",
+            "From admission to the end of a request",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self.finished = Counter(
+            "vllm:request_success",
+            "Completions finished",
+            ("finished_reason",),
+            registry=self._registry,
+        )
+
+    def text(self) -> bytes:
+        """All of them in Prometheus' text format."""
+        return generate_latest(self._registry)
