@@ -13,13 +13,14 @@ from transformers import PreTrainedTokenizerBase
 from polyrex.adapters.registry import TaskRegistry
 
 from . import health_routes, openai_routes, task_routes
+from .admission import Gate, Readiness
 from .auth import Authentication
 from .config import ServerConfig
 from .engines.base import Engine
 from .errors import install_error_handlers
 from .limits import BodyLimit, CountAnswers, HeaderLimit
 from .metrics import Metrics
-from .services import Gate, Readiness, Services
+from .services import Services
 from .text import Tokenizer
 
 logger = logging.getLogger(__name__)

@@ -3,6 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Dtype(StrEnum):
+    """What the model computes in."""
+
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class EngineName(StrEnum):
+    """What runs the model."""
+
+    embedded = "embedded"
 
 
 @dataclass(frozen=True)

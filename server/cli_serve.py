@@ -1,0 +1,116 @@
+"""`polyrex serve`: start the server."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from polyrex.adapters.errors import PolyrexError
+
+from .auth import read_key_digests
+from .config import Dtype, EngineConfig, EngineName, ServerConfig
+from .process import bind, check_exposure, run
+from .progress import Progress
+
+_SERVER = ServerConfig(model="smollm2-135m-instruct")
+_ENGINE = EngineConfig()
+
+
+def default_tasks_folder() -> Path:
+    """Where registered tasks are kept: polyrex/tasks in the user's state folder."""
+    state = os.environ.get("XDG_STATE_HOME")
+    return (Path(state) if state else Path.home() / ".local" / "state") / "polyrex" / "tasks"
+
+
+def serve(
+    base: Annotated[
+        str, typer.Option(help="The base model: a name, or a folder in Hugging Face's format.")
+    ] = _SERVER.model,
+    inventory: Annotated[
+        Path | None,
+        typer.Option(help="The inventory's file.", show_default="the one shipped for the base"),
+    ] = None,
+    tasks_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where registered tasks are kept.",
+            show_default="polyrex/tasks in the user's state folder",
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = _SERVER.host,
+    port: Annotated[int, typer.Option(help="The port to listen on.", min=1, max=65535)] = (
+        _SERVER.port
+    ),
+    dtype: Annotated[Dtype, typer.Option(help="What the model computes in.")] = Dtype.float32,
+    engine: Annotated[EngineName, typer.Option(help="What runs the model.")] = EngineName.embedded,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help="API keys, one a line; everything but /livez and /readyz asks for one."),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen on other addresses without API keys.")
+    ] = False,
+    max_in_flight: Annotated[
+        int, typer.Option(help="Completions under way at most; beyond it, 429.", min=1)
+    ] = _SERVER.max_in_flight,
+    drain_seconds: Annotated[
+        int, typer.Option(help="How long running requests may take after SIGTERM.", min=0)
+    ] = _SERVER.drain_seconds,
+) -> None:
+    """Serve an inventory and its tasks over HTTP, in OpenAI's API.
+
+    Send a request with the field `task`, or with a task's name as `model`.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    progress = Progress()
+    try:
+        keys = read_key_digests(api_key_file) if api_key_file else ()
+        check_exposure(host, keys=bool(keys), insecure=insecure)
+        config = replace(
+            _SERVER,
+            model=base,
+            host=host,
+            port=port,
+            api_key_digests=keys,
+            max_in_flight=max_in_flight,
+            drain_seconds=drain_seconds,
+        )
+        _serve(config, engine, inventory, tasks_dir or default_tasks_folder(), dtype, progress)
+    except PolyrexError as error:
+        typer.echo(f"polyrex serve: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _serve(
+    config: ServerConfig,
+    engine: EngineName,
+    inventory: Path | None,
+    tasks_folder: Path,
+    dtype: Dtype,
+    progress: Progress,
+) -> None:
+    with bind(config.host, config.port) as listener:
+        with progress.stage("torch and transformers"):
+            from .loading import example_request, load  # takes seconds: the port comes first
+        loaded = load(
+            config,
+            _ENGINE,
+            engine,
+            inventory_path=inventory,
+            tasks_folder=tasks_folder,
+            dtype=dtype,
+            progress=progress,
+        )
+        progress.say("warming up the engine")
+
+        def ready() -> None:
+            address = f"http://{config.host}:{config.port}"
+            progress.say(f"ready on {address} after {progress.elapsed():.1f} s; try:")
+            typer.echo(f"\n{example_request(config, loaded.registry)}\n")
+
+        run(loaded.app, listener, config, loaded.app.state.services.readiness, ready)

@@ -1,0 +1,89 @@
+"""From names on the command line to an application: model, inventory, tasks, engine."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastapi import FastAPI
+
+from polyrex.adapters.base_model import load_base, load_tokenizer, resolve_base
+from polyrex.adapters.inventory import load_experts, read_inventory
+from polyrex.adapters.registry import TaskRegistry
+
+from .app import create_app
+from .config import Dtype, EngineConfig, EngineName, ServerConfig
+from .engines.embedded import EmbeddedEngine
+from .errors import StartError
+from .progress import Progress
+
+_DTYPES = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}
+_ENGINES = {EngineName.embedded: EmbeddedEngine}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An application whose engine is not started yet, and the tasks that it serves."""
+
+    app: FastAPI
+    registry: TaskRegistry
+
+
+def load(
+    config: ServerConfig,
+    engine_config: EngineConfig,
+    engine_name: EngineName,
+    *,
+    inventory_path: Path | None,
+    tasks_folder: Path,
+    dtype: Dtype,
+    progress: Progress,
+) -> Loaded:
+    """Load everything that serving needs; raises PolyrexError where something does not fit."""
+    path = inventory_path or shipped_inventory(config.model)
+    with progress.stage(f"inventory {path}"):
+        inventory = read_inventory(path)
+    with progress.stage(f"base model {config.model}"):
+        base = resolve_base(config.model, progress.say)
+        model = load_base(base, _DTYPES[dtype])
+        tokenizer = load_tokenizer(base)
+    with progress.stage("experts into the base model"):
+        adapted = load_experts(inventory, model)
+    with progress.stage(f"tasks in {tasks_folder}"):
+        shipped = path.parent / "routers"
+        registry = TaskRegistry(tasks_folder, inventory, shipped if shipped.is_dir() else None)
+    rejected = len(registry.rejected)
+    progress.say(f"{len(registry)} tasks" + (f", {rejected} files rejected" if rejected else ""))
+    engine = _ENGINES[engine_name](adapted, model, inventory, engine_config)
+    return Loaded(create_app(config, engine, registry, tokenizer), registry)
+
+
+def shipped_inventory(base: str) -> Path:
+    """The inventory that comes with polyrex for a base model; raises StartError without one."""
+    # Beside this file once its links are followed: an editable install links the code alone.
+    package = Path(__file__).resolve().parents[1]
+    path = package / "adapters" / "shipped" / base / "inventory.safetensors"
+    if not path.exists():
+        raise StartError(f"no inventory comes with polyrex for {base}: give --inventory FILE")
+    return path
+
+
+def example_request(config: ServerConfig, registry: TaskRegistry) -> str:
+    """A command line that asks one of the tasks something sensible."""
+    body: dict[str, Any] = {"prompt": "The capital of France is"}
+    for task in registry.list(limit=100):
+        prompt = task.provenance.get("example_prompt")
+        if isinstance(prompt, str):
+            body = {"task": task.name, "prompt": prompt}
+            break
+    body |= {"max_tokens": 16, "temperature": 0}
+    key = ["-H", "Authorization: Bearer $KEY"] if config.api_key_digests else []
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    address = f"http://{host}:{config.port}/v1/completions"
+    arguments = ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
+    words = [shlex.quote(word) for word in ("curl", address, *arguments)]
+    return " ".join(words + ([key[0], f'"{key[1]}"'] if key else []))
