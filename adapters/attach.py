@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SpecError
-from .methods import make_experts, method_class
+from .methods import make_experts, route, routing_shape
 from .routed_linear import RoutedLinear, RoutingContext
-from .spec import AdapterSpec, TargetModule, routing_groups
+from .spec import AdapterSpec, TargetModule
 
 ALL_PROJECTIONS = r".*\.layers\.\d+\..*_proj"
 """Every projection of every decoder layer, under the names that most Hugging Face models use."""
@@ -27,19 +27,13 @@ class AdaptedModel:
     layers: tuple[RoutedLinear, ...]
     context: RoutingContext
 
-    @property
-    def groups(self) -> list[int]:
-        """For each module, the row of a router that it reads."""
-        return routing_groups(self.targets, self.spec.granularity)
-
     def routing_shape(self) -> tuple[int, int]:
-        """Shape of a router's tensor: [groups, R]."""
-        return max(self.groups) + 1, method_class(self.spec.method).routing_size(self.spec)
+        """Shape of a router's tensor: (groups, R)."""
+        return routing_shape(self.spec, self.targets)
 
     def route(self, logits: Tensor, *, sample: bool = False) -> Tensor:
         """Rows of the routing table, [..., M, W], of router logits [..., groups, R]."""
-        weights = method_class(self.spec.method).route(self.spec, logits, sample=sample)
-        return weights[..., self.groups, :]
+        return route(self.spec, self.targets, logits, sample=sample)
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Freeze the experts into the tensors that serving reads."""

@@ -15,6 +15,12 @@ from .experts import Experts, Operands, normalised_gates
 from .spec import AdapterSpec, TargetModule
 
 
+def initial_side(weight: Tensor, d_in: int, generator: torch.Generator) -> None:
+    """Draw a matrix whose products with inputs of unit variance have unit variance."""
+    bound = math.sqrt(3 / d_in)
+    nn.init.uniform_(weight, -bound, bound, generator=generator)
+
+
 class RankSpaceExperts(Experts):
     """Experts whose delta is `B_t A_t x`, with A_t and B_t mixed from E experts on S blocks."""
 
@@ -33,7 +39,7 @@ class RankSpaceExperts(Experts):
 
     def delta(self, operands: Operands, x: Tensor, routing: ModuleRouting) -> Tensor:
         a, b = operands
-        weights = routing.token_weights.view(len(x), a.shape[0], -1)
+        weights = routing.token_weights.view(len(x), a.shape[0], self.spec.experts)
         return rank_space(x, a, b, weights)
 
 
@@ -71,8 +77,7 @@ class MhrExperts(RankSpaceExperts):
         return 1 / self.spec.rank
 
     def reset(self, generator: torch.Generator) -> None:
-        bound = math.sqrt(3 / self.target.d_in)
-        nn.init.uniform_(self.lora_a, -bound, bound, generator=generator)
+        initial_side(self.lora_a, self.target.d_in, generator)
         nn.init.zeros_(self.lora_b)
 
     def operands(self, dtype: torch.dtype) -> Operands:

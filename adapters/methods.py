@@ -10,11 +10,30 @@ from torch import Tensor
 from .errors import UnknownMethod
 from .experts import Experts
 from .low_rank import LoraExperts, MhrExperts, PolyExperts
+from .molora import MoloraExperts, SiraExperts
 from .spec import AdapterSpec, TargetModule, routing_groups
 from .tensorpoly import TensorPoly1Experts
+from .tensorpoly_2 import TensorPoly2Experts
+from .tensorpoly_x import TensorPolyXExperts
+from .tlora import TLoraExperts
+from .trex import TrexExperts
 
 METHODS: MappingProxyType[str, type[Experts]] = MappingProxyType(
-    {cls.method: cls for cls in (LoraExperts, PolyExperts, MhrExperts, TensorPoly1Experts)}
+    {
+        cls.method: cls
+        for cls in (
+            LoraExperts,
+            TLoraExperts,
+            PolyExperts,
+            MhrExperts,
+            TensorPoly1Experts,
+            TensorPoly2Experts,
+            TensorPolyXExperts,
+            TrexExperts,
+            MoloraExperts,
+            SiraExperts,
+        )
+    }
 )
 
 

@@ -1,0 +1,46 @@
+"""TensorPoly-II: leaves mixed per task and order, so that a task's adapter is tiny."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from polyrex.kernels.routing import ModuleRouting
+
+from .experts import Operands
+from .spec import AdapterSpec
+from .tensor_product import factor_leaves, factored_expand, factored_shrink
+from .tensorpoly import TensorPoly1Experts
+
+
+class TensorPoly2Experts(TensorPoly1Experts):
+    """TensorPoly-II: the leaf of order n is `sum_e w_tne leaf[n, e]`, then as in TLoRA.
+
+    `delta = gate * B_t A_t x / r`. Everything after the routing is one task's and tiny, N*r*q
+    numbers a side, so A_t and B_t are never built: the leaves are mixed once for every distinct
+    row of the routing table, and each token is contracted with its own.
+    """
+
+    method = "tensorpoly-2"
+
+    @classmethod
+    def routing_size(cls, spec: AdapterSpec) -> int:
+        return spec.order * spec.experts
+
+    def operands(self, dtype: torch.dtype) -> Operands:
+        wide = torch.promote_types(dtype, torch.float32)  # products of leaves are not for bfloat16
+        leaves = torch.cat((self.weight_leafs_a.flatten(2), self.weight_leafs_b.flatten(2)), -1)
+        return leaves.to(wide), (self.gate / self.spec.rank).to(wide)
+
+    def delta(self, operands: Operands, x: Tensor, routing: ModuleRouting) -> Tensor:
+        leaves, scale = operands  # [N, E, r * (q_in + q_out)], []
+        order, experts, rank = *leaves.shape[:2], self.spec.rank
+        weights = routing.weights.view(-1, order, experts).transpose(0, 1).to(leaves.dtype)
+        mixed = torch.bmm(weights, leaves)  # [N, D, r * (q_in + q_out)]
+        split = self.weight_leafs_a[0, 0].numel()
+        side_a, side_b = (
+            factor_leaves(side.reshape(order, len(routing.weights), rank, -1), self.spec.norm)
+            for side in (mixed[..., :split], mixed[..., split:])
+        )
+        hidden = factored_shrink(x.to(leaves.dtype), side_a.take(routing.rows)) * scale
+        return factored_expand(hidden, side_b.take(routing.rows), self.target.d_out).to(x.dtype)

@@ -1,0 +1,82 @@
+"""TensorPoly-X: the adapter's whole matrix as a tensor train."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from polyrex.kernels.routing import ModuleRouting
+
+from .experts import Experts, Operands, normalised_gates
+from .spec import AdapterSpec, TargetModule
+from .tensor_product import leaf_size
+
+
+class TensorPolyXExperts(Experts):
+    """TensorPoly-X: `delta = gate * x W_t / r`, with W_t a tensor train of N cores.
+
+    Core n is `[q, E, q, E]`, the last one `[q, E, q, m]`, with `q = ceil(d_in ** (1/N))` and
+    `m = ceil(d_out / d_in)`: axes are a digit of the input, the left bond, a digit of the output,
+    the right bond. `W_t[i_1..i_N, j_1..j_N m] = sum over bonds of prod_n w_t,n,e_n core_n[i_n, e_n,
+    j_n, e_(n+1)]`, the first bond summed over as well, cut to `[d_in, d_out]`. W_t is never built:
+    tokens are contracted with one core after the other, and weighted by their routing in between.
+    """
+
+    method = "tensorpoly-x"
+    uses = frozenset({"rank", "experts", "order", "granularity"})
+
+    def __init__(self, spec: AdapterSpec, target: TargetModule) -> None:
+        super().__init__(spec, target)
+        q, experts = leaf_size(target.d_in, spec.order), spec.experts
+        last = math.ceil(target.d_out / target.d_in)
+        bonds = [experts] * (spec.order - 1) + [last]
+        self.tensor_weights = nn.ParameterList(torch.empty(q, experts, q, bond) for bond in bonds)
+        self.gate = nn.Parameter(torch.empty(()))
+
+    @classmethod
+    def routing_size(cls, spec: AdapterSpec) -> int:
+        return spec.order * spec.experts
+
+    @classmethod
+    def route(cls, spec: AdapterSpec, logits: Tensor, *, sample: bool = False) -> Tensor:
+        return normalised_gates(logits, spec.experts, sample=sample)
+
+    def reset(self, generator: torch.Generator) -> None:
+        # Under uniform routing the entries of W_t then have variance 1.
+        for core in self.tensor_weights:
+            nn.init.normal_(core, std=math.sqrt(self.spec.experts), generator=generator)
+        nn.init.zeros_(self.gate)
+
+    def load_released(self, cores: Sequence[Tensor]) -> None:
+        """Take the cores of the released code, which stores two: the first N-1 share one tensor."""
+        shared, last = cores
+        with torch.no_grad():
+            for core in self.tensor_weights[:-1]:
+                core.copy_(shared)
+            self.tensor_weights[-1].copy_(last)
+
+    def operands(self, dtype: torch.dtype) -> Operands:
+        # [left bond * input digit, output digit * right bond]: what one product contracts
+        cores = [core.transpose(0, 1).flatten(0, 1).flatten(1) for core in self.tensor_weights]
+        cores[-1] = cores[-1] * (self.gate / self.spec.rank)
+        return tuple(core.to(dtype).contiguous() for core in cores)
+
+    def delta(self, operands: Operands, x: Tensor, routing: ModuleRouting) -> Tensor:
+        tokens, order, experts = len(x), len(operands), self.spec.experts
+        q = len(operands[0]) // experts
+        weights = routing.token_weights.view(tokens, order, 1, experts, 1)
+        rest, done = q**order, 1  # input digits still there, output digits already there
+        state = F.pad(x, (0, rest - x.shape[-1])).view(tokens, done, 1, rest)
+        state = state.expand(tokens, done, experts, rest)
+        for n, core in enumerate(operands):
+            rest //= q
+            weighted = (state * weights[:, n]).reshape(tokens, done, experts * q, rest)
+            product = torch.matmul(weighted.transpose(-1, -2), core)  # [T, done, rest, q * bond]
+            state = product.view(tokens, done, rest, q, core.shape[1] // q).permute(0, 1, 3, 4, 2)
+            done *= q
+            state = state.reshape(tokens, done, core.shape[1] // q, rest)
+        return state.flatten(1)[:, : self.target.d_out]

@@ -1,0 +1,70 @@
+"""The routing table and one step's view of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from polyrex.kernels.routing import RoutingTable
+
+MODULES, WIDTH = 3, 4
+
+
+@pytest.fixture
+def table() -> RoutingTable:
+    table = RoutingTable(6, MODULES, WIDTH, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    for slot in range(1, 6):
+        table.write(slot, torch.rand(MODULES, WIDTH, generator=generator))
+    return table
+
+
+def test_batch_of_base_requests_has_no_routing(table: RoutingTable) -> None:
+    assert table.step([0, 0, 0], torch.float32) is None
+
+
+def test_empty_batch_has_no_routing(table: RoutingTable) -> None:
+    assert table.step([], torch.float32) is None
+
+
+def test_every_token_gets_the_weights_of_its_slot(table: RoutingTable) -> None:
+    slots = [4, 0, 2, 4, 5]
+    step = table.step(slots, torch.float32)
+    assert step is not None
+    for module in range(MODULES):
+        routing = step.module(module)
+        assert torch.equal(routing.token_weights, table.weights[slots, module])
+        assert torch.equal(routing.weights[routing.rows], table.weights[slots, module])
+
+
+def test_step_holds_each_slot_once(table: RoutingTable) -> None:
+    step = table.step([4, 2, 4, 4, 2], torch.float32)
+    assert step is not None
+    assert len(step.weights) == 2
+
+
+def test_base_tokens_in_a_mixed_batch_read_zeros(table: RoutingTable) -> None:
+    step = table.step([3, 0], torch.float32)
+    assert step is not None
+    assert torch.equal(step.module(1).token_weights[1], torch.zeros(WIDTH))
+
+
+def test_token_weights_are_in_the_compute_dtype(table: RoutingTable) -> None:
+    step = table.step([1, 2], torch.bfloat16)
+    assert step is not None
+    routing = step.module(0)
+    assert routing.token_weights.dtype == torch.bfloat16
+    assert routing.weights.dtype == torch.float32
+
+
+def test_step_keeps_its_weights_when_a_slot_is_written_again(table: RoutingTable) -> None:
+    before = table.weights[2].clone()
+    step = table.step([2], torch.float32)
+    assert step is not None
+    table.write(2, torch.full((MODULES, WIDTH), 7.0))
+    assert torch.equal(step.module(1).weights[0], before[1])
+
+
+def test_slot_zero_cannot_be_written(table: RoutingTable) -> None:
+    with pytest.raises(AssertionError, match="base model"):
+        table.write(0, torch.ones(MODULES, WIDTH))
