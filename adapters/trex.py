@@ -97,9 +97,8 @@ class TrexExperts(Experts):
         if self.spec.form == "diagonal":
             mixed = hidden * pairs
         else:
-            mixed = torch.bmm(hidden.unsqueeze(1), pairs.view(len(x), len(a), b.shape[1])).squeeze(
-                1
-            )
+            by_side = pairs.view(len(x), len(a), b.shape[1])
+            mixed = torch.bmm(hidden.unsqueeze(1), by_side).squeeze(1)
         return F.linear(mixed, b)
 
 
