@@ -1,4 +1,4 @@
-"""How many parameters a method has: for all training tasks together, and for adapting to a new one."""
+"""How many parameters a method has: for all training tasks, and for adapting to a new one."""
 
 from __future__ import annotations
 
@@ -56,10 +56,11 @@ def base_targets(base: str) -> tuple[TargetModule, ...]:
         return _NAMED[base]
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         raise FileError(f"{base}: neither {' nor '.join(_NAMED)}, and {error}") from error
-    with torch.device("meta"):
-        return find_targets(AutoModelForCausalLM.from_config(config))
+    return find_targets(model)
 
 
 def describe(counts: ParameterCounts) -> str:
