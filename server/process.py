@@ -51,6 +51,20 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
+    """How uvicorn runs the application."""
+    return uvicorn.Config(
+        app,
+        http="h11",  # unlike httptools, it bounds the headers that it holds in memory
+        h11_max_incomplete_event_size=config.max_header_bytes,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=config.drain_seconds,
+    )
+
+
 def run(
     app: FastAPI,
     listener: socket.socket,
@@ -72,18 +86,7 @@ async def _run(
     readiness: Readiness,
     ready: Callable[[], None],
 ) -> None:
-    server = _Server(
-        uvicorn.Config(
-            app,
-            http="h11",  # unlike httptools, it bounds the headers that it holds in memory
-            h11_max_incomplete_event_size=config.max_header_bytes,
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=config.drain_seconds,
-        )
-    )
+    server = _Server(uvicorn_config(app, config))
 
     async def watch_start() -> None:
         await readiness.settled.wait()
