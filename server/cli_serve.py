@@ -13,12 +13,11 @@ import typer
 from polyrex.adapters.errors import PolyrexError
 
 from .auth import read_key_digests
-from .config import Dtype, EngineConfig, EngineName, ServerConfig
+from .config import Device, Dtype, EngineName, Launch, ServerConfig
 from .process import bind, check_exposure, run
 from .progress import Progress
 
 _SERVER = ServerConfig(model="smollm2-135m-instruct")
-_ENGINE = EngineConfig()
 
 
 def default_tasks_folder() -> Path:
@@ -46,8 +45,9 @@ def serve(
     port: Annotated[int, typer.Option(help="The port to listen on.", min=1, max=65535)] = (
         _SERVER.port
     ),
-    dtype: Annotated[Dtype, typer.Option(help="What the model computes in.")] = Dtype.float32,
-    engine: Annotated[EngineName, typer.Option(help="What runs the model.")] = EngineName.embedded,
+    dtype: Annotated[Dtype, typer.Option(help="What the model computes in.")] = Launch.dtype,
+    device: Annotated[Device, typer.Option(help="What the model computes on.")] = Launch.device,
+    engine: Annotated[EngineName, typer.Option(help="What runs the model.")] = Launch.engine,
     api_key_file: Annotated[
         Path | None,
         typer.Option(help="API keys, one a line; everything but /livez and /readyz asks for one."),
@@ -80,32 +80,19 @@ def serve(
             max_in_flight=max_in_flight,
             drain_seconds=drain_seconds,
         )
-        _serve(config, engine, inventory, tasks_dir or default_tasks_folder(), dtype, progress)
+        folder = tasks_dir or default_tasks_folder()
+        _serve(Launch(config, folder, inventory, dtype, device, engine), progress)
     except PolyrexError as error:
         typer.echo(f"polyrex serve: {error}", err=True)
         raise typer.Exit(1) from error
 
 
-def _serve(
-    config: ServerConfig,
-    engine: EngineName,
-    inventory: Path | None,
-    tasks_folder: Path,
-    dtype: Dtype,
-    progress: Progress,
-) -> None:
+def _serve(launch: Launch, progress: Progress) -> None:
+    config = launch.server
     with bind(config.host, config.port) as listener:
         with progress.stage("torch and transformers"):
             from .loading import example_request, load  # takes seconds: the port comes first
-        loaded = load(
-            config,
-            _ENGINE,
-            engine,
-            inventory_path=inventory,
-            tasks_folder=tasks_folder,
-            dtype=dtype,
-            progress=progress,
-        )
+        loaded = load(launch, progress)
         progress.say("warming up the engine")
 
         def ready() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 
 
 class Dtype(StrEnum):
@@ -11,6 +12,14 @@ class Dtype(StrEnum):
 
     bfloat16 = "bfloat16"
     float32 = "float32"
+
+
+class Device(StrEnum):
+    """What the model computes on; auto is CUDA where there is one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 class EngineName(StrEnum):
@@ -29,6 +38,9 @@ class EngineConfig:
     """Most requests that generate at the same time; further ones wait."""
     slots: int = 1024
     """Rows of the routing table: most different task versions in use at the same time."""
+    kv_cache_tokens: int = 16384
+    """Tokens whose keys and values fit in the cache, of all running requests together. Allocated
+    at start: for SmolLM2-135M 23 KB a token in bfloat16, 46 KB in float32."""
 
 
 @dataclass(frozen=True)
@@ -48,3 +60,17 @@ class ServerConfig:
     max_headers: int = 100
     drain_seconds: int = 30
     """How long running requests may take after SIGTERM."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a server is made of: everything that `polyrex serve` was told."""
+
+    server: ServerConfig
+    tasks_folder: Path
+    inventory: Path | None = None
+    """Without one, the inventory that is shipped for the base model."""
+    dtype: Dtype = Dtype.float32
+    device: Device = Device.auto
+    engine: EngineName = EngineName.embedded
+    engine_config: EngineConfig = EngineConfig()

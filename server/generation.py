@@ -117,8 +117,6 @@ class _Assembler:
     def push(self, chunk: TokenChunk) -> Piece:
         text, self._echo = self._echo or "", None
         echoed = self._prompt_tokens(chunk.prompt or ())
-        if self._choice.discard:
-            return Piece(text, echoed, "length")
         shown = self._extend(chunk)
         finish = "stop" if self._stops.stopped else chunk.finish_reason
         if finish is not None:

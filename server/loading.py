@@ -16,7 +16,7 @@ from polyrex.adapters.inventory import load_experts, read_inventory
 from polyrex.adapters.registry import TaskRegistry
 
 from .app import create_app
-from .config import Dtype, EngineConfig, EngineName, ServerConfig
+from .config import Device, Dtype, EngineName, Launch, ServerConfig
 from .engines.embedded import EmbeddedEngine
 from .errors import StartError
 from .progress import Progress
@@ -33,33 +33,33 @@ class Loaded:
     registry: TaskRegistry
 
 
-def load(
-    config: ServerConfig,
-    engine_config: EngineConfig,
-    engine_name: EngineName,
-    *,
-    inventory_path: Path | None,
-    tasks_folder: Path,
-    dtype: Dtype,
-    progress: Progress,
-) -> Loaded:
+def load(launch: Launch, progress: Progress) -> Loaded:
     """Load everything that serving needs; raises PolyrexError where something does not fit."""
-    path = inventory_path or shipped_inventory(config.model)
+    name = launch.server.model
+    path = launch.inventory or shipped_inventory(name)
     with progress.stage(f"inventory {path}"):
         inventory = read_inventory(path)
-    with progress.stage(f"base model {config.model}"):
-        base = resolve_base(config.model, progress.say)
-        model = load_base(base, _DTYPES[dtype])
+    with progress.stage(f"base model {name}"):
+        base = resolve_base(name, progress.say)
+        model = load_base(base, _DTYPES[launch.dtype], _device(launch.device))
         tokenizer = load_tokenizer(base)
     with progress.stage("experts into the base model"):
         adapted = load_experts(inventory, model)
-    with progress.stage(f"tasks in {tasks_folder}"):
+    with progress.stage(f"tasks in {launch.tasks_folder}"):
         shipped = path.parent / "routers"
-        registry = TaskRegistry(tasks_folder, inventory, shipped if shipped.is_dir() else None)
+        registry = TaskRegistry(
+            launch.tasks_folder, inventory, shipped if shipped.is_dir() else None
+        )
     rejected = len(registry.rejected)
     progress.say(f"{len(registry)} tasks" + (f", {rejected} files rejected" if rejected else ""))
-    engine = _ENGINES[engine_name](adapted, model, inventory, engine_config)
-    return Loaded(create_app(config, engine, registry, tokenizer), registry)
+    engine = _ENGINES[launch.engine](adapted, model, inventory, launch.engine_config)
+    return Loaded(create_app(launch.server, engine, registry, tokenizer), registry)
+
+
+def _device(device: Device) -> str:
+    if device is Device.auto:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
 
 
 def shipped_inventory(base: str) -> Path:

@@ -26,7 +26,6 @@ class Choice:
     request: GenerationRequest
     stop: tuple[str, ...]
     echo: str | None  # the prompt's text, where it is to be repeated
-    discard: bool  # max_tokens 0: only the prompt is wanted, and engines generate at least one
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,12 @@ def plan_completion(services: Services, body: CompletionRequest) -> Plan:
     ]
     for ids in prompts:
         _check_prompt(services, ids, body.max_tokens, "prompt")
-    texts = [
-        prompt if isinstance(prompt, str) else services.tokenizer.decode(prompt)
+    echoes = [
+        (prompt if isinstance(prompt, str) else services.tokenizer.decode(prompt))
+        if body.echo
+        else None
         for prompt in body.prompts
     ]
-    echoes = texts if body.echo else [None] * len(texts)
     return _plan(
         services, body, task, "cmpl", prompts, echoes,
         max_tokens=body.max_tokens, logprobs=body.logprobs,
@@ -145,7 +145,7 @@ def _plan(
     for ids, echo in zip(prompts, echoes, strict=True):
         for repeat in range(body.n):
             sampling = SamplingParams(
-                max_tokens=max(max_tokens, 1),
+                max_tokens=max_tokens,
                 temperature=body.temperature,
                 top_p=body.top_p,
                 # Choices of one prompt differ, and each is the same every time.
@@ -155,7 +155,7 @@ def _plan(
                 ignore_eos=body.ignore_eos,
             )
             request = GenerationRequest(f"{plan_id}-{len(choices)}", tuple(ids), sampling, task)
-            choices.append(Choice(request, body.stop_strings, echo, discard=max_tokens == 0))
+            choices.append(Choice(request, body.stop_strings, echo))
     return Plan(
         id=plan_id,
         created=int(time.time()),

@@ -71,20 +71,27 @@ class FakeEngine:
                 if index == 2 and self.hang:
                     await asyncio.Event().wait()
                 await asyncio.sleep(0)
-                prompt = None
-                if index == 0 and sampling.prompt_logprobs is not None:
-                    prompt = tuple(_token(i, sampling.prompt_logprobs) for i in request.prompt)
-                    prompt = (Token(request.prompt[0]), *prompt[1:])
+                prompt = _prompt(request) if index == 0 else None
                 token = _token(self.reply[index % len(self.reply)], sampling.logprobs)
                 if self.impossible:
                     token = Token(token.id, -math.inf, ((token.id, -math.inf),))
                 yield TokenChunk((token,), None, prompt)
             finished = True
-            yield TokenChunk((), "stop" if self.eos else "length")
+            yield TokenChunk(
+                (), "stop" if self.eos else "length", None if count else _prompt(request)
+            )
         finally:
             self.running.discard(request.id)
             if not finished:
                 self.aborted.append(request.id)
+
+
+def _prompt(request: GenerationRequest) -> tuple[Token, ...] | None:
+    wanted = request.sampling.prompt_logprobs
+    if wanted is None:
+        return None
+    first, *rest = request.prompt
+    return (Token(first), *(_token(token, wanted) for token in rest))
 
 
 def _token(token_id: int, logprobs: int | None) -> Token:
