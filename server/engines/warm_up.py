@@ -1,0 +1,44 @@
+"""Requests of the engine's own, so that the first one from outside is as fast as the next."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+
+import torch
+
+from polyrex.adapters.inventory import Inventory
+from polyrex.adapters.registry import TaskInfo, TaskVersion
+from polyrex.adapters.router_file import Router, RouterMetadata
+
+from .base import Engine, GenerationRequest, SamplingParams
+
+_ROUNDS = ((1, 16, 4), (8, 24, 4), (1, 128, 2))  # requests, prompt tokens, new tokens
+
+
+async def warm_up(engine: Engine, inventory: Inventory | None) -> None:
+    """Run a few batches of several sizes, adapted where there is an inventory, then base."""
+    tasks = [None] if inventory is None else [_neutral_task(inventory), None]
+    for task in tasks:
+        for requests, prompt, new in _ROUNDS:
+            sampling = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
+            request = GenerationRequest("warm-up", tuple(range(prompt)), sampling, task)
+            await asyncio.gather(*(_run(engine, request) for _ in range(requests)))
+
+
+async def _run(engine: Engine, request: GenerationRequest) -> None:
+    async with aclosing(engine.generate(request)) as chunks:
+        async for _ in chunks:
+            pass
+
+
+def _neutral_task(inventory: Inventory) -> TaskVersion:
+    """Equal routing weights for all experts: a task that is in no registry."""
+    name = "warm-up"
+    router = Router(
+        logits=torch.zeros(inventory.routing_shape),
+        metadata=RouterMetadata(inventory_sha256=inventory.sha256, task=name),
+        sha256=name,
+    )
+    info = TaskInfo(name, 1, name, 0, 0.0, "", {}, {})
+    return TaskVersion(info, router)
