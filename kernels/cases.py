@@ -38,6 +38,7 @@ RANK_SPACE_CASES = (
         for tokens in (1, 7, 33)
     ),
     RankSpaceCase(0, 65, 129, 5, 3),
+    RankSpaceCase(0, 63, 21, 4, 5, splits=3),
     RankSpaceCase(13, 63, 21, 4, 5, splits=3),
     RankSpaceCase(7, 30, 50, 3, 2, splits=5, popularity="distinct"),
     RankSpaceCase(11, 17, 19, 1, 1),

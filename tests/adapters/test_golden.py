@@ -23,7 +23,7 @@ from polyrex.adapters.spec import AdapterSpec, TargetModule
 from polyrex.adapters.tensorpoly_x import TensorPolyXExperts
 from polyrex.adapters.trex import SIGMOID_SCALE, TASK_COEFFICIENT, TOKEN_COEFFICIENT
 from polyrex.kernels.cases import relative_rms
-from polyrex.kernels.routing import ModuleRouting
+from polyrex.kernels.routing import StepRouting
 
 TOLERANCE = 1e-5
 Tensors = dict[str, Tensor]
@@ -37,9 +37,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("golden_file", files, ids=lambda path: path.stem)
 
 
-def test_delta_is_that_of_the_released_code(golden_file: Path) -> None:
+@pytest.mark.parametrize("composed", [False, True], ids=["shared", "composed"])
+def test_delta_is_that_of_the_released_code(golden_file: Path, composed: bool) -> None:
     meta, tensors = read(golden_file)
-    delta = delta_of(meta, tensors)
+    delta = delta_of(meta, tensors, composed=composed)
     assert relative_rms(delta, tensors["delta_y"]) <= TOLERANCE
     base = F.linear(tensors["x"], tensors["base_weight"], tensors["base_bias"])
     assert relative_rms(base + delta, tensors["y"]) <= TOLERANCE
@@ -62,8 +63,11 @@ def read(path: Path) -> tuple[dict[str, Any], Tensors]:
         return json.loads(file.metadata()["meta"]), load_file(path)
 
 
-def delta_of(meta: dict[str, Any], tensors: Tensors) -> Tensor:
-    """Our delta for the file's inputs: [batch, tokens, d_out]."""
+def delta_of(meta: dict[str, Any], tensors: Tensors, *, composed: bool = False) -> Tensor:
+    """Our delta for the file's inputs: [batch, tokens, d_out].
+
+    `composed` lets a method compose a sample's weights once, where it can.
+    """
     family = meta["family"]
     target = TargetModule("layer", meta["in_features"], meta["out_features"])
     if family in ("poly", "mhr") or re.fullmatch(r"tensorpoly[12x]_order\d", family):
@@ -80,10 +84,10 @@ def delta_of(meta: dict[str, Any], tensors: Tensors) -> Tensor:
     x = tensors["x"]
     weights = experts.route(experts.spec, logits)
     rows = torch.arange(len(x)).repeat_interleave(x.shape[1])
+    run = x.shape[1] if composed else 1
+    routing = StepRouting(weights.unsqueeze(1), rows, x.dtype, run).module(0)
     with torch.no_grad():
-        delta = experts.delta(
-            experts.operands(x.dtype), x.flatten(0, 1), ModuleRouting(weights, rows, weights[rows])
-        )
+        delta = experts.delta(experts.operands(x.dtype), x.flatten(0, 1), routing)
     return delta.view(*x.shape[:2], -1)
 
 
