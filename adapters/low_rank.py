@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from polyrex.kernels.rank_space import rank_space
+from polyrex.kernels.rank_space import composed_rank_space, rank_space
 from polyrex.kernels.routing import ModuleRouting
 
 from .errors import SpecError
@@ -39,8 +39,12 @@ class RankSpaceExperts(Experts):
 
     def delta(self, operands: Operands, x: Tensor, routing: ModuleRouting) -> Tensor:
         a, b = operands
-        weights = routing.token_weights.view(len(x), a.shape[0], self.spec.experts)
-        return rank_space(x, a, b, weights)
+        shape = (a.shape[0], self.spec.experts)
+        if routing.step.run > 1:
+            runs = x.unflatten(0, (-1, routing.step.run))
+            weights = routing.weights.to(x.dtype).unflatten(-1, shape)
+            return composed_rank_space(runs, a, b, weights, routing.step.run_rows).flatten(0, 1)
+        return rank_space(x, a, b, routing.token_weights.unflatten(-1, shape))
 
 
 class MhrExperts(RankSpaceExperts):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from polyrex.kernels.routing import StepRouting
 
+from .errors import TensorMismatch
 from .experts import Experts, Operands
 
 
@@ -36,9 +37,16 @@ class RoutedLinear(nn.Module):
         self._operands: Operands | None = None
 
     def prepare(self, dtype: torch.dtype) -> None:
-        """Derive the operands once, for serving; training derives them in every forward pass."""
+        """Derive the operands once, for serving; training derives them in every forward pass.
+
+        Raises TensorMismatch where `dtype` cannot hold them.
+        """
         with torch.no_grad():
-            self._operands = self.experts.operands(dtype)
+            operands = tuple(t.contiguous() for t in self.experts.operands(dtype))
+        if not all(torch.isfinite(operand).all() for operand in operands):
+            name = self.experts.target.name
+            raise TensorMismatch(f"target module {name}: the experts are not finite in {dtype}")
+        self._operands = operands
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)

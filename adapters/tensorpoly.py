@@ -1,4 +1,4 @@
-"""TLoRA and TensorPoly-I: tensor-product experts mixed in rank space."""
+"""TensorPoly-I: experts whose sides are tensor products of leaves, mixed in rank space."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from torch import nn
 
 from .errors import SpecError
 from .experts import Operands
+from .fused_factor import fused_factor
 from .low_rank import RankSpaceExperts
 from .spec import AdapterSpec, TargetModule
-from .tensor_product import leaf_size, tensor_factor
+from .tensor_product import leaf_size
 
 
 class TensorPoly1Experts(RankSpaceExperts):
@@ -45,10 +46,7 @@ class TensorPoly1Experts(RankSpaceExperts):
 
     def operands(self, dtype: torch.dtype) -> Operands:
         norm = self.spec.norm
-        a = tensor_factor(self.weight_leafs_a, self.target.d_in, norm)  # [E, r, d_in]
-        b = tensor_factor(self.weight_leafs_b, self.target.d_out, norm)  # [E, r, d_out]
-        b = b * (self.gate / self.spec.rank)
-        return (
-            a.flatten(0, 1).to(dtype).unsqueeze(0),
-            b.flatten(0, 1).to(dtype).t().contiguous().unsqueeze(0),
-        )
+        a = fused_factor(self.weight_leafs_a, self.target.d_in, norm, dtype)  # [E, r, d_in]
+        b = fused_factor(self.weight_leafs_b, self.target.d_out, norm, dtype)  # [E, r, d_out]
+        b = b * (self.gate / self.spec.rank).to(dtype)
+        return a.flatten(0, 1).unsqueeze(0), b.flatten(0, 1).t().unsqueeze(0)

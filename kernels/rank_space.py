@@ -1,4 +1,9 @@
-"""The routed low-rank product, shared path: no task's weights are ever built."""
+"""The routed low-rank product, two ways.
+
+`rank_space` is the shared path: no task's weights are ever built, and its cost does not depend on
+how many tasks there are. `composed_rank_space` builds each distinct task's A and B once and serves
+runs of tokens with them: an E-th of the multiplications where runs are long and tasks are few.
+"""
 
 from __future__ import annotations
 
@@ -50,10 +55,35 @@ def rank_space(x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
         hidden = torch.bmm(weights, shrunk)  # [T, 1, r]
         spread = torch.bmm(weights.transpose(1, 2), hidden)  # [T, E, r]
         return F.linear(spread.view(tokens, experts * rank), b[0])
-    blocks = x.view(tokens, splits, -1).transpose(0, 1)  # [S, T, d_in/S]
+    blocks = x.view(tokens, splits, a.shape[2]).transpose(0, 1)  # [S, T, d_in/S]
     shrunk = torch.bmm(blocks, a.transpose(1, 2)).view(splits, tokens, experts, rank)
     by_token = shrunk.permute(1, 0, 2, 3).reshape(tokens, splits * experts, rank)
-    hidden = torch.bmm(weights.reshape(tokens, 1, -1), by_token)  # [T, 1, r]
-    spread = torch.bmm(weights.reshape(tokens, -1, 1), hidden)  # [T, S*E, r]
+    hidden = torch.bmm(weights.reshape(tokens, 1, splits * experts), by_token)  # [T, 1, r]
+    spread = torch.bmm(weights.reshape(tokens, splits * experts, 1), hidden)  # [T, S*E, r]
     by_split = spread.view(tokens, splits, experts * rank).transpose(0, 1)
-    return torch.bmm(by_split, b.transpose(1, 2)).transpose(0, 1).reshape(tokens, -1)
+    return torch.bmm(by_split, b.transpose(1, 2)).transpose(0, 1).flatten(1)
+
+
+def composed_rank_space(x: Tensor, a: Tensor, b: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+    """The delta of `rank_space`, for G runs of n tokens that share a row of routing weights.
+
+    | argument | shape | meaning |
+    |---|---|---|
+    | x | [G, n, d_in] | runs of tokens |
+    | a, b | as in `rank_space` | |
+    | weights | [D, S, E] | distinct routing weights, same dtype as x |
+    | rows | [G] | which of the D a run uses |
+
+    Returns [G, n, d_out] in the dtype of x.
+    """
+    distinct, splits, experts = weights.shape
+    rank = a.shape[1] // experts
+    by_split = weights.transpose(0, 1)  # [S, D, E]
+    side_a = torch.bmm(by_split, a.reshape(splits, experts, -1))  # [S, D, r * d_in/S]
+    side_a = side_a.view(splits, distinct, rank, -1).permute(1, 2, 0, 3).flatten(2)  # [D, r, d_in]
+    spread = b.transpose(1, 2).reshape(splits, experts, -1)  # [S, E, r * d_out/S]
+    side_b = torch.bmm(by_split, spread)  # [S, D, r * d_out/S]
+    side_b = side_b.view(splits, distinct, rank, -1).permute(1, 2, 0, 3).flatten(2)  # [D, r, d_out]
+    # index_select, not side_a[rows]: the gradient of indexing is an index_put, and slow.
+    side_a, side_b = side_a.index_select(0, rows), side_b.index_select(0, rows)
+    return torch.bmm(torch.bmm(x, side_a.transpose(1, 2)), side_b)

@@ -14,30 +14,54 @@ import torch
 from torch import Tensor
 
 
-class ModuleRouting(NamedTuple):
-    """What one target module sees of a forward pass: T tokens, D distinct rows, W weights a row."""
-
-    weights: Tensor  # [D, W] float32
-    rows: Tensor  # [T] int64, the row of each token
-    token_weights: Tensor  # [T, W] in the compute dtype: weights[rows]
-
-
 @dataclass(frozen=True)
 class StepRouting:
-    """The routing of one forward pass over M modules, gathered once for all of them."""
+    """The routing of one forward pass over M modules, gathered once for all of them.
+
+    T tokens, D distinct rows of W weights a module. `run` says that the tokens come in runs of
+    that many with the same row, as in a padded batch: weights may then be composed once a run.
+    """
 
     weights: Tensor  # [D, M, W] float32, one entry per distinct row
     rows: Tensor  # [T] int64, which of the D each token uses
     dtype: torch.dtype
+    run: int = 1
 
     @cached_property
     def token_weights(self) -> Tensor:
         """[M, T, W]: module-major, so that each layer's slice is contiguous."""
         return self.weights.transpose(0, 1).to(self.dtype)[:, self.rows]
 
+    @cached_property
+    def run_rows(self) -> Tensor:
+        """[T / run]: the row of each run."""
+        return self.rows[:: self.run]
+
     def module(self, index: int) -> ModuleRouting:
         """The part that target module number `index` reads."""
-        return ModuleRouting(self.weights[:, index], self.rows, self.token_weights[index])
+        return ModuleRouting(self, index)
+
+
+class ModuleRouting(NamedTuple):
+    """What one target module sees of a forward pass."""
+
+    step: StepRouting
+    index: int
+
+    @property
+    def weights(self) -> Tensor:
+        """[D, W] float32: the distinct rows."""
+        return self.step.weights[:, self.index]
+
+    @property
+    def rows(self) -> Tensor:
+        """[T] int64: the row of each token."""
+        return self.step.rows
+
+    @property
+    def token_weights(self) -> Tensor:
+        """[T, W] in the compute dtype: weights[rows]."""
+        return self.step.token_weights[self.index]
 
 
 class RoutingTable:

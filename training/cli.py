@@ -1,0 +1,146 @@
+"""The commands `polyrex train`, `adapt` and `evaluate`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from polyrex.adapters.attach import ALL_PROJECTIONS
+from polyrex.adapters.base_model import DEFAULT_BASE
+from polyrex.adapters.errors import PolyrexError
+from polyrex.adapters.methods import METHODS, method_class
+from polyrex.adapters.spec import AdapterSpec
+
+from .adapt import ADAPTATION, AdaptConfig, AdaptMode
+from .adapt import adapt as run_adaptation
+from .data import Split
+from .loop import LoopConfig
+from .multi_task import TrainConfig
+from .multi_task import train as run_training
+from .optimiser import LearningRates
+from .report import evaluate_tasks, summary, table
+
+Data = Annotated[Path, typer.Option(help="Folder with manifest.json and tasks/NAME.jsonl.")]
+Base = Annotated[str, typer.Option(help="A base model: a name, or its folder.")]
+Out = Annotated[Path, typer.Option(help="Folder for results; an interrupted run resumes there.")]
+Inventory = Annotated[Path, typer.Option(help="An inventory's file; its routers lie beside it.")]
+Tasks = Annotated[list[str] | None, typer.Option(help="A task; repeat it for more. All if none.")]
+
+
+def train(
+    data: Data,
+    out: Out,
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "tensorpoly-1",
+    base: Base = DEFAULT_BASE,
+    task: Tasks = None,
+    role: Annotated[str | None, typer.Option(help="Only tasks of this role.")] = "held_in",
+    targets: Annotated[str, typer.Option(help="Regular expression on module names.")] = (
+        ALL_PROJECTIONS
+    ),
+    rank: Annotated[int, typer.Option(help="LoRA rank r; for trex I.")] = AdapterSpec.rank,
+    experts: Annotated[
+        int | None, typer.Option(help="Experts E a module.", show_default="8 where there are any")
+    ] = None,
+    order: Annotated[int, typer.Option(help="Tensor order N.")] = AdapterSpec.order,
+    splits: Annotated[int, typer.Option(help="Splits S (mhr).")] = AdapterSpec.splits,
+    form: Annotated[str, typer.Option(help="mix, diagonal or static (trex).")] = AdapterSpec.form,
+    granularity: Annotated[str, typer.Option(help="module, block or model.")] = (
+        AdapterSpec.granularity
+    ),
+    epochs: Annotated[float, typer.Option(help="Passes over the train rows.")] = 1.0,
+    steps: Annotated[int, typer.Option(help="Steps instead of epochs; 0 to count epochs.")] = 0,
+    batch_rows: Annotated[int, typer.Option(help="Rows a step.")] = LoopConfig.batch_rows,
+    expert_rate: Annotated[float, typer.Option(help="Learning rate of the experts.")] = (
+        LearningRates.experts
+    ),
+    gate_rate: Annotated[float, typer.Option(help="Learning rate of scalar gates.")] = (
+        LearningRates.gates
+    ),
+    routing_rate: Annotated[float, typer.Option(help="Learning rate of routing logits.")] = (
+        LearningRates.routing
+    ),
+    sample_routing: Annotated[
+        bool, typer.Option(help="Draw routing weights from a relaxed Bernoulli while training.")
+    ] = LoopConfig.sample_routing,
+    seed: Annotated[int, typer.Option(help="Of initial values, row order and routing noise.")] = 0,
+) -> None:
+    """Train an inventory and one router a task, on a frozen base model."""
+    with _clear_errors():
+        fields: dict[str, Any] = {"form": form, "granularity": granularity}  # AdapterSpec checks
+        if experts is None:
+            experts = 8 if "experts" in method_class(method).uses else AdapterSpec.experts
+        spec = AdapterSpec(method, rank, experts, order, splits, **fields)
+        loop = LoopConfig(
+            steps=steps,
+            batch_rows=batch_rows,
+            rates=LearningRates(expert_rate, gate_rate, routing_rate),
+            sample_routing=sample_routing,
+            seed=seed,
+        )
+        config = TrainConfig(
+            data=data,
+            out=out,
+            spec=spec,
+            base=base,
+            targets=targets,
+            tasks=tuple(task) if task else None,
+            role=None if task else role,
+            epochs=epochs,
+            loop=loop,
+        )
+        typer.echo(f"wrote {run_training(config)}")
+
+
+def adapt(
+    data: Data,
+    task: Annotated[str, typer.Option(help="The new task.")],
+    inventory: Inventory,
+    out: Out,
+    mode: Annotated[AdaptMode, typer.Option(help="What is trained.")] = "routing",
+    rows: Annotated[int, typer.Option(help="Train rows used.", min=1)] = AdaptConfig.rows,
+    base: Base = DEFAULT_BASE,
+    steps: Annotated[int, typer.Option(help="Training steps.", min=1)] = ADAPTATION.steps,
+    routing_rate: Annotated[float, typer.Option(help="Learning rate of routing logits.")] = (
+        ADAPTATION.rates.routing
+    ),
+    seed: Annotated[int, typer.Option(help="Of the rows' draw and their order.")] = 0,
+) -> None:
+    """Adapt a new task from a few rows; by default its routing only, the inventory left alone."""
+    with _clear_errors():
+        rates = replace(ADAPTATION.rates, routing=routing_rate)
+        loop = replace(ADAPTATION, steps=steps, rates=rates, seed=seed)
+        config = AdaptConfig(data, task, inventory, out, mode, rows, base, loop)
+        typer.echo(f"wrote {run_adaptation(config)}")
+
+
+def evaluate(
+    data: Data,
+    inventory: Inventory,
+    out: Annotated[Path, typer.Option(help="JSON file for the scores.")],
+    task: Tasks = None,
+    split: Annotated[Split, typer.Option(help="Which rows.")] = "test",
+    base: Base = DEFAULT_BASE,
+) -> None:
+    """Score tasks by the base model alone and under the routers that lie beside an inventory."""
+    with _clear_errors():
+        reports = evaluate_tasks(data, inventory, out, base=base, tasks=task, split=split)
+    typer.echo(table(reports))
+    typer.echo(json.dumps(summary(reports)))
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """What polyrex raises on purpose is a message for the user, not a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    try:
+        yield
+    except PolyrexError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
