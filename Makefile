@@ -2,7 +2,7 @@
 
 PYTHON ?= python3.11
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 PACKAGES := polyrex.adapters polyrex.kernels polyrex.server polyrex.training
 # An editable install links files one by one: a new file in one of these folders needs a new one.
 FOLDERS := $(shell find adapters kernels server training -type d -not -name __pycache__)

@@ -67,6 +67,9 @@ def serve(
     Send a request with the field `task`, or with a task's name as `model`.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn").setLevel(
+        logging.WARNING
+    )  # starting and stopping we tell ourselves
     progress = Progress()
     try:
         keys = read_key_digests(api_key_file) if api_key_file else ()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from fastapi import FastAPI
+from transformers.utils.logging import disable_progress_bar
 
 from polyrex.adapters.base_model import load_base, load_tokenizer, resolve_base
 from polyrex.adapters.inventory import load_experts, read_inventory
@@ -35,6 +36,7 @@ class Loaded:
 
 def load(launch: Launch, progress: Progress) -> Loaded:
     """Load everything that serving needs; raises PolyrexError where something does not fit."""
+    disable_progress_bar()  # ours says the same in one line
     name = launch.server.model
     path = launch.inventory or shipped_inventory(name)
     with progress.stage(f"inventory {path}"):

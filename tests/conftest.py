@@ -45,7 +45,7 @@ def tokenizer(base_path: str) -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="session")
 def random_inventory(base_path: str, tmp_path_factory: pytest.TempPathFactory) -> Inventory:
     """A TensorPoly-I inventory on every projection of the base model, as it is drawn, with its
-    gates open so far that tasks differ."""
+    gates open so far that the tasks say different things."""
     path: Path = tmp_path_factory.mktemp("inventory") / "inventory.safetensors"
     model = load_base(base_path, torch.float32)
     adapted = attach(model, AdapterSpec("tensorpoly-1", rank=16, experts=8), find_targets(model))
@@ -53,7 +53,7 @@ def random_inventory(base_path: str, tmp_path_factory: pytest.TempPathFactory) -
         for layer in adapted.layers:
             gate = layer.experts.gate
             assert isinstance(gate, torch.nn.Parameter)
-            gate.fill_(3e-3)
+            gate.fill_(0.2)
     write_inventory(path, adapted)
     return read_inventory(path)
 
@@ -67,6 +67,6 @@ def make_router(random_inventory: Inventory) -> MakeRouter:
             random_inventory.routing_shape, generator=torch.Generator().manual_seed(seed)
         )
         about = RouterMetadata(random_inventory.sha256, f"random-{seed}", **metadata)  # type: ignore[arg-type]  # passed on
-        return router_bytes(3 * logits, random_inventory.spec, about)
+        return router_bytes(6 * logits, random_inventory.spec, about)
 
     return make

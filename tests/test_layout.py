@@ -1,0 +1,92 @@
+"""The shape of the code: sizes of files and functions, and who may import whom."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("kernels", "adapters", "server", "training")
+CODE = sorted(path for folder in (*FOLDERS, "tests") for path in (ROOT / folder).rglob("*.py"))
+
+MOST_LINES_A_FILE = 400
+MOST_LINES_A_FUNCTION = 80
+
+MAY_IMPORT = {
+    "kernels": {"kernels"},
+    "adapters": {"adapters", "kernels"},
+    # kernels: the routing table, whose rows the embedded engine fills
+    "server": {"server", "adapters", "kernels"},
+    "training": {"training", "adapters", "kernels"},
+}
+"""The folders that each folder may import. The command line (server/cli.py) names training's
+commands in a table of strings, and imports them when they are asked for: both have one program."""
+
+OWNERS = {
+    "fastapi": "server/",
+    "pydantic": "server/",
+    "starlette": "server/",
+    "uvicorn": "server/",
+    "vllm": "server/engines/vllm_",
+    "triton": "kernels/triton_",
+}
+"""Packages that only the files of this beginning may import."""
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The absolute names of everything that a file imports, wherever it does so."""
+    here = ("polyrex", *path.relative_to(ROOT).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = here[: len(here) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *([node.module] if node.module else [])))
+            # `from polyrex import server` imports a folder too
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", CODE, ids=relative)
+def test_files_and_functions_are_short(path: Path) -> None:
+    source = path.read_text()
+    assert len(source.splitlines()) <= MOST_LINES_A_FILE
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert lines <= MOST_LINES_A_FUNCTION, node.name
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folders_import_in_one_direction(folder: str) -> None:
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for name in imports(path):
+            package, _, rest = name.partition(".")
+            if package == "polyrex":
+                assert rest.split(".")[0] in MAY_IMPORT[folder], f"{relative(path)}: {name}"
+
+
+@pytest.mark.parametrize("package", OWNERS)
+def test_a_package_is_imported_by_its_owner_alone(package: str) -> None:
+    for path in CODE:
+        if relative(path).startswith(("tests/", OWNERS[package])):
+            continue
+        assert package not in {name.partition(".")[0] for name in imports(path)}, relative(path)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_top_folders_are_no_packages_of_their_own(folder: str) -> None:
+    # `kernels` and `adapters` are on PyPI too, and transformers probes for `kernels` at import.
+    assert not (ROOT / folder / "__init__.py").exists()
+    assert (ROOT / folder / "py.typed").exists()
+
+
+def test_no_file_is_named_for_nothing_in_particular() -> None:
+    vague = {"utils", "util", "helpers", "helper", "misc", "common"}
+    assert not [relative(path) for path in CODE if path.stem in vague]
