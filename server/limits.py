@@ -12,6 +12,10 @@ from .errors import HeadersTooLarge, TooLarge, error_response
 _METHODS = frozenset({"GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"})
 
 
+_DROPPED = 16
+"""How many times the limit of a body is read and dropped before the connection is closed."""
+
+
 class HeaderLimit:
     """Refuses requests whose headers are too many or too large."""
 
@@ -45,30 +49,30 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         declared = Headers(scope=scope).get("content-length", "0")
-        if declared.isdecimal() and int(declared) > self._limit:
-            await self._refuse(scope, receive, send)
-            return
         body = bytearray()
+        received = 0
+        too_large = len(declared) > 19 or (declared.isdecimal() and int(declared) > self._limit)
         more = True
-        while more:
+        # Of a body that is too large, the rest is read and dropped: a client that still sends would
+        # otherwise see its connection break, and not the answer. That, too, has an end.
+        while more and received <= _DROPPED * self._limit:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return
-            body += message.get("body", b"")
+            received += len(message.get("body", b""))
             more = message.get("more_body", False)
-            if len(body) > self._limit:
-                await self._refuse(scope, receive, send)
-                return
+            too_large = too_large or received > self._limit
+            body = bytearray() if too_large else body + message.get("body", b"")
+        if too_large:
+            refused = TooLarge(f"the body may have at most {self._limit} bytes")
+            await error_response(refused)(scope, receive, send)
+            return
         whole: list[Message] = [{"type": "http.request", "body": bytes(body)}]
 
         async def replay() -> Message:
             return whole.pop() if whole else await receive()
 
         await self._app(scope, replay, send)
-
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refused = TooLarge(f"the body may have at most {self._limit} bytes")
-        await error_response(refused)(scope, receive, send)
 
 
 class CountAnswers:

@@ -36,7 +36,7 @@ class Loaded:
 
 def load(launch: Launch, progress: Progress) -> Loaded:
     """Load everything that serving needs; raises PolyrexError where something does not fit."""
-    disable_progress_bar()  # ours says the same in one line
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # ours says the same in one line
     name = launch.server.model
     path = launch.inventory or shipped_inventory(name)
     with progress.stage(f"inventory {path}"):

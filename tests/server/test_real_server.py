@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import openai
 import pytest
+from openai.types.chat import ChatCompletionUserMessageParam
 
 from polyrex.adapters.inventory import Inventory
 
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
 POLYREX = str(Path(sys.executable).with_name("polyrex"))
 BINARY = {"content-type": "application/octet-stream"}
 PROMPT = "The capital of France is"
+BASE = "smollm2-135m-instruct"
+QUESTION: ChatCompletionUserMessageParam = {
+    "role": "user",
+    "content": "What is the capital of France?",
+}
 TASKS = [f"task-{index}" for index in range(6)]
 
 
@@ -100,7 +106,7 @@ def server(
 def test_the_official_client_completes_with_a_task(server: Process) -> None:
     with server.openai() as client:
         by_field = client.completions.create(
-            model="smollm2-135m-instruct", prompt=PROMPT, temperature=0, max_tokens=8,
+            model=BASE, prompt=PROMPT, temperature=0, max_tokens=8,
             extra_body={"task": "task-1"},
         )  # fmt: skip
         by_model = client.completions.create(
@@ -126,13 +132,11 @@ def test_the_official_client_streams_with_a_task(server: Process) -> None:
 def test_the_official_client_chats(server: Process) -> None:
     with server.openai() as client:
         whole = client.chat.completions.create(
-            model="smollm2-135m-instruct", messages=[{"role": "user", "content": "What is the capital of France?"}],
-            temperature=0, max_tokens=8,
-        )  # fmt: skip
+            model=BASE, messages=[QUESTION], temperature=0, max_tokens=8
+        )
         parts = client.chat.completions.create(
-            model="smollm2-135m-instruct", messages=[{"role": "user", "content": "What is the capital of France?"}],
-            temperature=0, max_tokens=8, stream=True,
-        )  # fmt: skip
+            model=BASE, messages=[QUESTION], temperature=0, max_tokens=8, stream=True
+        )
         streamed = "".join(part.choices[0].delta.content or "" for part in parts)
     assert whole.choices[0].message.content == streamed
     assert "Paris" in streamed
@@ -140,7 +144,7 @@ def test_the_official_client_chats(server: Process) -> None:
 
 def test_the_official_client_lists_models(server: Process) -> None:
     with server.openai() as client:
-        assert {model.id for model in client.models.list()} >= {"smollm2-135m-instruct", *TASKS}
+        assert {model.id for model in client.models.list()} >= {BASE, *TASKS}
 
 
 def test_logprobs_are_those_of_the_text(server: Process) -> None:
