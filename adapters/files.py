@@ -34,12 +34,12 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A file whose header was read and checked; its tensors are still bytes."""
+    """A complete file whose header was read; its tensors are not checked yet."""
 
     source: str
-    data: bytes
     metadata: Mapping[str, str]
     tensors: Mapping[str, tuple[str, Shape]]  # dtype as safetensors spells it, shape
+    values: Mapping[str, Tensor]
 
     def text(self, key: str) -> str:
         """One entry of the metadata; raises MalformedFile where it is missing."""
@@ -62,7 +62,7 @@ class TensorFile:
             raise MalformedFile(f"{self.source}: {key!r} must be a JSON object, got {value!r:.80}")
         return value
 
-    def load(self, expected: Mapping[str, Shape], dtypes: tuple[str, ...]) -> dict[str, Tensor]:
+    def checked(self, expected: Mapping[str, Shape], dtypes: tuple[str, ...]) -> dict[str, Tensor]:
         """The tensors, exactly those expected, as float32 and finite.
 
         Raises TensorMismatch naming the first tensor that is missing, not expected, or of another
@@ -85,7 +85,7 @@ class TensorFile:
                 )
         return {
             name: cast_finite(tensor, torch.float32, f"{self.source}: tensor {name}")
-            for name, tensor in load(self.data).items()
+            for name, tensor in self.values.items()
         }
 
 
@@ -123,7 +123,7 @@ def parse(data: bytes, source: str, file_format: str, header_limit: int) -> Tens
     `header_limit`: the most bytes that the header may have. Raises MalformedFile where the bytes
     are no complete safetensors file, of another format, or of a newer version of this one.
     """
-    header = _header(data, source, header_limit)
+    header, values = _decode(data, source, header_limit)
     metadata = header.pop("__metadata__", {})
     if metadata.get("format") != file_format:
         raise MalformedFile(
@@ -138,10 +138,10 @@ def parse(data: bytes, source: str, file_format: str, header_limit: int) -> Tens
             f"{source}: expected format_version {FORMAT_VERSION}, got {version!r:.80}{hint}"
         )
     tensors = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
-    return TensorFile(source, data, metadata, tensors)
+    return TensorFile(source, metadata, tensors, values)
 
 
-def _header(data: bytes, source: str, limit: int) -> dict[str, Any]:
+def _decode(data: bytes, source: str, limit: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     length = int.from_bytes(data[:_LENGTH_BYTES], "little")
     if len(data) < _LENGTH_BYTES or length > len(data) - _LENGTH_BYTES:
         raise MalformedFile(f"{source}: no complete safetensors file ({len(data)} bytes)")
@@ -150,11 +150,11 @@ def _header(data: bytes, source: str, limit: int) -> dict[str, Any]:
     try:
         # The library checks types, shapes, and that the tensors fill the file without gap or
         # overlap; it does not hand out the metadata of bytes, so those are read once more here.
-        load(data)
+        values = load(data)
         header: dict[str, Any] = strict_json(data[_LENGTH_BYTES:][:length].decode())
     except (SafetensorError, ValueError, KeyError) as error:
         raise MalformedFile(f"{source}: no complete safetensors file: {error}") from error
-    return header
+    return header, values
 
 
 def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -10,20 +10,7 @@ import torch
 from torch import Tensor
 
 from .spec import Norm
-from .tensor_product import LAYER_NORM_EPS, layer_norm, outer, tensor_factor
-
-
-def outer_moments(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance over [r, p*q] of the row-wise outer product of [..., r, p] and [..., r, q].
-
-    In closed form, from sums over the leaves alone; both results are [..., 1, 1].
-    """
-    count = first.shape[-2] * first.shape[-1] * second.shape[-1]
-    total = (first.sum(-1) * second.sum(-1)).sum(-1)
-    squares = (first.square().sum(-1) * second.square().sum(-1)).sum(-1)
-    mean = total / count
-    variance = squares / count - mean.square()
-    return mean[..., None, None], variance[..., None, None]
+from .tensor_product import LAYER_NORM_EPS, layer_norm, outer, outer_moments, tensor_factor
 
 
 def fused_factor(leaves: Tensor, dimension: int, norm: Norm, dtype: torch.dtype) -> Tensor:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -53,10 +54,15 @@ class Inventory:
     targets: tuple[TargetModule, ...]
     base: BaseIdentity
 
-    @property
+    @cached_property
     def routing_shape(self) -> tuple[int, int]:
         """Shape of a router's tensor: (groups, R)."""
         return routing_shape(self.spec, self.targets)
+
+    @cached_property
+    def hyperparameters(self) -> str:
+        """The spec as JSON, as it stands in the metadata of routers."""
+        return self.spec.to_json()
 
     @property
     def table_shape(self) -> tuple[int, int]:
@@ -111,7 +117,9 @@ def load_experts(inventory: Inventory, model: nn.Module) -> AdaptedModel:
     if found.sha256 != inventory.sha256:
         raise MalformedFile(f"{inventory.path}: the file has changed since it was first read")
     inventory.base.check(identify(model), str(inventory.path))
-    tensors = file.load(expected_tensors(inventory.spec, inventory.targets), tuple(STORED_DTYPES))
+    tensors = file.checked(
+        expected_tensors(inventory.spec, inventory.targets), tuple(STORED_DTYPES)
+    )
     try:
         adapted = attach(model, inventory.spec, inventory.targets)
     except SpecError as error:

@@ -39,12 +39,12 @@ class RankSpaceExperts(Experts):
 
     def delta(self, operands: Operands, x: Tensor, routing: ModuleRouting) -> Tensor:
         a, b = operands
-        shape = (a.shape[0], self.spec.experts)
+        shape = (-1, a.shape[0], self.spec.experts)
         if routing.step.run > 1:
-            runs = x.unflatten(0, (-1, routing.step.run))
-            weights = routing.weights.to(x.dtype).unflatten(-1, shape)
+            runs = x.view(-1, routing.step.run, x.shape[1])
+            weights = routing.weights.to(x.dtype).view(shape)
             return composed_rank_space(runs, a, b, weights, routing.step.run_rows).flatten(0, 1)
-        return rank_space(x, a, b, routing.token_weights.unflatten(-1, shape))
+        return rank_space(x, a, b, routing.token_weights.view(len(x), *shape[1:]))
 
 
 class MhrExperts(RankSpaceExperts):

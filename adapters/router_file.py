@@ -101,14 +101,14 @@ def read_router(data: bytes, source: str, inventory: Inventory) -> Router:
         )
     for key, expected in (
         ("method", inventory.spec.method),
-        ("hyperparameters", inventory.spec.to_json()),
+        ("hyperparameters", inventory.hyperparameters),
     ):
         if file.text(key) != expected:
             raise InventoryMismatch(
                 f"{source}: {key} must be {expected}, as in the inventory, "
                 f"got {file.text(key)!r:.400}"
             )
-    logits = file.load({_TENSOR: inventory.routing_shape}, ("F32",))[_TENSOR]
+    logits = file.checked({_TENSOR: inventory.routing_shape}, ("F32",))[_TENSOR]
     # float16 is the narrowest dtype that a model computes in: a router that fits there fits all.
     cast_finite(inventory.route(logits), torch.float16, f"{source}: routing weights of {_TENSOR}")
     metadata = RouterMetadata(

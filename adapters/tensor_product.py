@@ -91,21 +91,23 @@ def factor_leaves(leaves: Tensor, norm: Norm) -> FactoredSide:
     first, second = _multiply_out(leaves[:middle]), _multiply_out(leaves[middle:])
     if norm == "none":
         return FactoredSide(first, second, None)
-    count = first.shape[-2] * first.shape[-1] * second.shape[-1]
-    mean = _sum_of_products(first, second) / count
-    variance = _sum_of_products(first.square(), second.square()) / count - mean.square()
-    scale = (variance.clamp_min(0) + LAYER_NORM_EPS).rsqrt()
-    shift = (mean * scale).to(first.dtype)
-    return FactoredSide(first * scale.to(first.dtype).unsqueeze(-1), second, shift)
+    mean, variance = outer_moments(first, second)
+    scale = torch.rsqrt(variance + LAYER_NORM_EPS)
+    return FactoredSide(first * scale, second, (mean * scale).squeeze(-1))
 
 
-def _sum_of_products(first: Tensor, second: Tensor) -> Tensor:
-    """Sum over k, i, j of first_ki * second_kj, as [..., 1].
+def outer_moments(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance over [r, p*q] of the row-wise outer product of [..., r, p] and [..., r, q].
 
-    In float64: a variance is the difference of two such sums, which may be close to each other.
+    In closed form, from sums over the leaves alone; both results are [..., 1, 1].
     """
-    rows = first.sum(-1, dtype=torch.float64) * second.sum(-1, dtype=torch.float64)
-    return rows.sum(-1, keepdim=True)
+    count = first.shape[-2] * first.shape[-1] * second.shape[-1]
+    total = (first.sum(-1) * second.sum(-1)).sum(-1)
+    squares = (first.square().sum(-1) * second.square().sum(-1)).sum(-1)
+    mean = total / count
+    # Rounding may put the variance of nearly constant products below 0.
+    variance = (squares / count - mean.square()).clamp_min(0)
+    return mean[..., None, None], variance[..., None, None]
 
 
 def factored_shrink(x: Tensor, side: FactoredSide) -> Tensor:
@@ -127,5 +129,8 @@ def factored_expand(hidden: Tensor, side: FactoredSide, dimension: int) -> Tenso
     """
     first, second, shift = side
     weighted = hidden.unsqueeze(1) * first.transpose(-1, -2)  # [T, p, r]
-    spread = torch.matmul(weighted, second).flatten(1)[:, :dimension]
-    return spread if shift is None else spread - shift * hidden.sum(-1, keepdim=True)
+    if shift is None:
+        return torch.matmul(weighted, second).flatten(1)[:, :dimension]
+    level = (shift * hidden.sum(-1, keepdim=True)).unsqueeze(-1)
+    rows = second.expand(len(hidden), -1, -1)
+    return torch.baddbmm(level, weighted, rows, beta=-1).flatten(1)[:, :dimension]

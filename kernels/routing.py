@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +41,8 @@ class StepRouting:
         return ModuleRouting(self, index)
 
 
-class ModuleRouting(NamedTuple):
+@dataclass(frozen=True)
+class ModuleRouting:
     """What one target module sees of a forward pass."""
 
     step: StepRouting
