@@ -13,7 +13,7 @@ from polyrex.adapters.router_file import Router, RouterMetadata
 
 from .base import Engine, GenerationRequest, SamplingParams
 
-_ROUNDS = ((1, 16, 4), (8, 24, 4), (1, 128, 2))  # requests, prompt tokens, new tokens
+_ROUNDS = ((4, 16, 2), (1, 16, 2))  # requests, prompt tokens, new tokens
 
 
 async def warm_up(engine: Engine, inventory: Inventory | None) -> None:
