@@ -7,9 +7,10 @@
 # PyPI has torch for CUDA alone, which runs on a CPU too but is large. Where pip knows an index with
 # the CPU build, it is taken: --secret id=pip,src=pip.conf
 #
-# Not run here, where there is no docker daemon: the build itself, the CUDA variant, and the health
-# check as docker does it. Run by hand in a clean folder: every pip command, the conversion, the
-# server under these variables as a user who may write to /state alone, and the check's command.
+# Not run here, where there is no docker daemon: the build itself, the CUDA variant, useradd and the
+# run as another user. Run by hand in a clean folder: the pip commands, the conversion into a folder
+# then made read-only, the server under these variables on 0.0.0.0 with a key file, the check's
+# command, and SIGTERM, which ends it with status 0.
 
 FROM python:3.11-slim AS build
 ARG DEVICE=cpu

@@ -271,7 +271,7 @@ def test_sigterm_lets_a_stream_end_and_the_process_with_it(
     random_inventory: Inventory, tmp_path: Path
 ) -> None:
     with serving(random_inventory.path, tmp_path, "--drain-seconds", "60") as process:
-        body = {"prompt": PROMPT, "max_tokens": 64, "ignore_eos": True, "stream": True}
+        body = {"prompt": PROMPT, "max_tokens": 24, "ignore_eos": True, "stream": True}
         with process.client.stream("POST", "/v1/completions", json=body) as response:
             lines = response.iter_lines()
             next(lines)
