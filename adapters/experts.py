@@ -80,6 +80,10 @@ class Experts(nn.Module):
     def operands(self, dtype: torch.dtype) -> Operands:
         """What `delta` reads, derived from the parameters alone, differentiably."""
 
+    def forward(self, dtype: torch.dtype) -> Operands:
+        """`operands`, under the name by which torch.func calls a module on other parameters."""
+        return self.operands(dtype)
+
     @abstractmethod
     def delta(self, operands: Operands, x: Tensor, routing: ModuleRouting) -> Tensor:
         """The adapter's contribution [T, d_out] for tokens x [T, d_in], in the dtype of x."""

@@ -39,12 +39,13 @@ class RankSpaceExperts(Experts):
 
     def delta(self, operands: Operands, x: Tensor, routing: ModuleRouting) -> Tensor:
         a, b = operands
-        shape = (-1, a.shape[0], self.spec.experts)
+        splits = a.shape[0]
         if routing.step.run > 1:
-            runs = x.view(-1, routing.step.run, x.shape[1])
-            weights = routing.weights.to(x.dtype).view(shape)
-            return composed_rank_space(runs, a, b, weights, routing.step.run_rows).flatten(0, 1)
-        return rank_space(x, a, b, routing.token_weights.view(len(x), *shape[1:]))
+            weights = routing.run_weights
+            weights = weights.view(len(weights), splits, self.spec.experts)
+            runs = x.view(len(weights), routing.step.run, x.shape[1])
+            return composed_rank_space(runs, a, b, weights).flatten(0, 1)
+        return rank_space(x, a, b, routing.token_weights.view(len(x), splits, self.spec.experts))
 
 
 class MhrExperts(RankSpaceExperts):

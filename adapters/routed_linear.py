@@ -34,10 +34,11 @@ class RoutedLinear(nn.Module):
         self.experts = experts
         self.index = index
         self.context = context
-        self._operands: Operands | None = None
+        self.operands: Operands | None = None
+        """What whoever runs the model made of the experts; None: made in every forward pass."""
 
     def prepare(self, dtype: torch.dtype) -> None:
-        """Derive the operands once, for serving; training derives them in every forward pass.
+        """Derive the operands once, for serving; training derives them in every step.
 
         Raises TensorMismatch where `dtype` cannot hold them.
         """
@@ -46,13 +47,13 @@ class RoutedLinear(nn.Module):
         if not all(torch.isfinite(operand).all() for operand in operands):
             name = self.experts.target.name
             raise TensorMismatch(f"target module {name}: the experts are not finite in {dtype}")
-        self._operands = operands
+        self.operands = operands
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
         step = self.context.step
         if step is None:
             return y
-        operands = self._operands or self.experts.operands(x.dtype)
+        operands = self.operands or self.experts.operands(x.dtype)
         flat = x.reshape(-1, x.shape[-1])
         return y + self.experts.delta(operands, flat, step.module(self.index)).view(y.shape)

@@ -64,26 +64,23 @@ def rank_space(x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     return torch.bmm(by_split, b.transpose(1, 2)).transpose(0, 1).flatten(1)
 
 
-def composed_rank_space(x: Tensor, a: Tensor, b: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+def composed_rank_space(x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     """The delta of `rank_space`, for G runs of n tokens that share a row of routing weights.
 
     | argument | shape | meaning |
     |---|---|---|
     | x | [G, n, d_in] | runs of tokens |
     | a, b | as in `rank_space` | |
-    | weights | [D, S, E] | distinct routing weights, same dtype as x |
-    | rows | [G] | which of the D a run uses |
+    | weights | [G, S, E] | routing weights of the runs, same dtype as x |
 
     Returns [G, n, d_out] in the dtype of x.
     """
-    distinct, splits, experts = weights.shape
+    runs, splits, experts = weights.shape
     rank = a.shape[1] // experts
-    by_split = weights.transpose(0, 1)  # [S, D, E]
-    side_a = torch.bmm(by_split, a.reshape(splits, experts, -1))  # [S, D, r * d_in/S]
-    side_a = side_a.view(splits, distinct, rank, -1).permute(1, 2, 0, 3).flatten(2)  # [D, r, d_in]
+    by_split = weights.transpose(0, 1)  # [S, G, E]
+    side_a = torch.bmm(by_split, a.reshape(splits, experts, -1))  # [S, G, r * d_in/S]
+    side_a = side_a.view(splits, runs, rank, -1).permute(1, 2, 0, 3).flatten(2)  # [G, r, d_in]
     spread = b.transpose(1, 2).reshape(splits, experts, -1)  # [S, E, r * d_out/S]
-    side_b = torch.bmm(by_split, spread)  # [S, D, r * d_out/S]
-    side_b = side_b.view(splits, distinct, rank, -1).permute(1, 2, 0, 3).flatten(2)  # [D, r, d_out]
-    # index_select, not side_a[rows]: the gradient of indexing is an index_put, and slow.
-    side_a, side_b = side_a.index_select(0, rows), side_b.index_select(0, rows)
+    side_b = torch.bmm(by_split, spread)  # [S, G, r * d_out/S]
+    side_b = side_b.view(splits, runs, rank, -1).permute(1, 2, 0, 3).flatten(2)  # [G, r, d_out]
     return torch.bmm(torch.bmm(x, side_a.transpose(1, 2)), side_b)

@@ -26,15 +26,24 @@ class StepRouting:
     dtype: torch.dtype
     run: int = 1
 
+    # Cut into modules by one unbind: the gradient of indexing one module would be a tensor of all.
     @cached_property
-    def token_weights(self) -> Tensor:
-        """[M, T, W]: module-major, so that each layer's slice is contiguous."""
-        return self.weights.transpose(0, 1).to(self.dtype)[:, self.rows]
+    def row_weights(self) -> tuple[Tensor, ...]:
+        """M times [D, W] float32."""
+        return self.weights.unbind(1)
 
     @cached_property
-    def run_rows(self) -> Tensor:
-        """[T / run]: the row of each run."""
-        return self.rows[:: self.run]
+    def token_weights(self) -> tuple[Tensor, ...]:
+        """M times [T, W] in the compute dtype, each contiguous."""
+        return self._spread(self.rows)
+
+    @cached_property
+    def run_weights(self) -> tuple[Tensor, ...]:
+        """M times [T / run, W] in the compute dtype: the row of each run."""
+        return self._spread(self.rows[:: self.run])
+
+    def _spread(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return self.weights.transpose(0, 1).to(self.dtype).index_select(1, rows).unbind(0)
 
     def module(self, index: int) -> ModuleRouting:
         """The part that target module number `index` reads."""
@@ -51,7 +60,7 @@ class ModuleRouting:
     @property
     def weights(self) -> Tensor:
         """[D, W] float32: the distinct rows."""
-        return self.step.weights[:, self.index]
+        return self.step.row_weights[self.index]
 
     @property
     def rows(self) -> Tensor:
@@ -62,6 +71,11 @@ class ModuleRouting:
     def token_weights(self) -> Tensor:
         """[T, W] in the compute dtype: weights[rows]."""
         return self.step.token_weights[self.index]
+
+    @property
+    def run_weights(self) -> Tensor:
+        """[T / run, W] in the compute dtype."""
+        return self.step.run_weights[self.index]
 
 
 class RoutingTable:

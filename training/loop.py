@@ -103,7 +103,7 @@ def run(
                 _save_checkpoint(checkpoint, optimiser, config, curve)
     if checkpoint is not None:
         _save_checkpoint(checkpoint, optimiser, config, curve)
-    model.adapted.context.step = None
+    model.release()
     return curve
 
 

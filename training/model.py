@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from polyrex.adapters.attach import AdaptedModel
+from polyrex.adapters.experts import Experts, Operands
 from polyrex.adapters.methods import method_class
+from polyrex.adapters.routed_linear import RoutedLinear
 from polyrex.kernels.routing import StepRouting
 
 from .batches import IGNORED, Batch
@@ -44,11 +48,44 @@ class MultiTaskModel(nn.Module):
             weights, positions.repeat_interleave(tokens), base.dtype, run=tokens
         )
 
+    def derive_operands(self) -> None:
+        """Make every layer's experts into operands, all layers of one shape at once.
+
+        One by one, some thirty small operations a layer and direction are a third of a step.
+        """
+        shapes: dict[tuple[int, int], list[RoutedLinear]] = defaultdict(list)
+        for layer in self.adapted.layers:
+            shapes[layer.experts.target.d_in, layer.experts.target.d_out].append(layer)
+        base: Any = self.adapted.model
+        for layers in shapes.values():
+            template = layers[0].experts
+            parameters = {
+                name: torch.stack([layer.experts.get_parameter(name) for layer in layers])
+                for name, _ in template.named_parameters()
+            }
+
+            def derive(values: dict[str, Tensor], template: Experts = template) -> Operands:
+                operands: Operands = functional_call(template, values, (base.dtype,))
+                return operands
+
+            stacked = torch.vmap(derive)(parameters)
+            per_layer = zip(*(operand.unbind(0) for operand in stacked), strict=True)
+            for layer, operands in zip(layers, per_layer, strict=True):
+                layer.operands = operands
+
+    def release(self) -> None:
+        """Forget the last step's operands and routing, which hold on to its whole graph."""
+        self.adapted.context.step = None
+        for layer in self.adapted.layers:
+            layer.operands = None
+
     def loss(self, batch: Batch, *, sample: bool = False) -> Tensor:
         """Cross-entropy of the answers, a mean over rows of the mean over each row's tokens.
 
         Logits are computed only where there are labels: the vocabulary is a fifth of a small model.
         """
+        if any(parameter.requires_grad for parameter in self.experts.parameters()):
+            self.derive_operands()
         self.set_routing(batch.tasks, batch.tokens.shape[1], sample=sample)
         # Position t predicts the token at t + 1.
         targets = batch.labels[:, 1:]

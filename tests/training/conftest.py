@@ -1,0 +1,77 @@
+"""A tiny random Llama with the real tokenizer, and a handful of tasks, for the tests of training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from polyrex.adapters.attach import AdaptedModel, attach, find_targets
+from polyrex.adapters.spec import AdapterSpec
+
+MakeAdapted = Callable[[AdapterSpec], AdaptedModel]
+
+COLOURS = ("red", "blue", "green")
+THINGS = ("brick", "sea", "leaf", "rose", "sky", "grass", "blood", "ocean")
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random Llama of two layers, in Hugging Face's format, with a tokenizer."""
+    folder: Path = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_adapted(tiny_base: Path) -> MakeAdapted:
+    """Puts fresh adapters of a spec on a fresh copy of the tiny model, in float32."""
+
+    def make(spec: AdapterSpec) -> AdaptedModel:
+        model = LlamaForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval()
+        return attach(model, spec, find_targets(model))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def rows_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder: two held_in tasks, one with options and one without, and one held_out."""
+    folder: Path = tmp_path_factory.mktemp("rows")
+    (folder / "tasks").mkdir()
+    tasks = {
+        "colour": ("held_in", "rank_classification_accuracy", "Which colour is it?"),
+        "shout": ("held_in", "exact_match", "Say it twice."),
+        "other_colour": ("held_out", "rank_classification_accuracy", "Name the colour."),
+    }
+    for name, (_, metric, _) in tasks.items():
+        lines = []
+        for number, thing in enumerate(THINGS * 2):
+            options = list(COLOURS) if metric == "rank_classification_accuracy" else None
+            answer = COLOURS[number % 3] if options else f"{thing} {thing}"
+            split = ("train", "train", "valid", "test")[number % 4]
+            row = {"split": split, "input": thing, "answer": answer, "options": options}
+            lines.append(json.dumps(row))
+        (folder / "tasks" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    manifest = [
+        {"task": name, "role": role, "metric": metric, "instruction": instruction}
+        for name, (role, metric, instruction) in tasks.items()
+    ]
+    (folder / "manifest.json").write_text(json.dumps({"tasks": manifest}))
+    return folder
