@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,16 @@ from polyrex.adapters.spec import AdapterSpec, TargetModule
 
 MakeModel = Callable[..., nn.Module]
 MakeRouter = Callable[..., bytes]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors are tiny here: a second thread would only be waited for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 SMALL_SPECS = (
     AdapterSpec("lora", rank=3, alpha=2.0),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,6 +83,22 @@ def test_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     write_atomic(path, b"new")
     assert path.read_bytes() == b"new"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_bytes_are_on_disk_before_the_rename_and_the_rename_before_the_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+
+        def recorded(*args: Any, real: Callable[..., None] = real, name: str = name) -> None:
+            calls.append(name)
+            real(*args)
+
+        monkeypatch.setattr(os, name, recorded)
+    write_atomic(tmp_path / "file", b"new")
+    assert calls == ["fsync", "replace", "fsync"]
 
 
 def test_crash_before_the_rename_leaves_the_old_file(
