@@ -10,7 +10,7 @@ FOLDERS := $(shell find adapters kernels server training -type d -not -name __py
 export POLYREX_CACHE ?= $(CURDIR)/.cache
 export HF_HUB_OFFLINE := 1
 
-.PHONY: serve test train clean
+.PHONY: serve test bench train clean
 
 serve: $(BIN)/.installed
 	@$(BIN)/polyrex serve $(ARGS)
@@ -21,6 +21,10 @@ test: $(BIN)/.installed
 	@$(BIN)/mypy --no-error-summary $(PACKAGES:%=-p %)
 	@$(BIN)/mypy --no-error-summary tests
 	@$(BIN)/python -m pytest --quiet --no-header $(ARGS)
+
+# Run on a quiet machine; ends with one line of JSON.
+bench: $(BIN)/.installed
+	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.server.bench --out tests/results/bench.json $(ARGS)
 
 train: $(BIN)/.installed
 	@$(BIN)/polyrex train $(ARGS)

@@ -24,7 +24,7 @@ from .data import Split
 from .loop import LoopConfig
 from .multi_task import TrainConfig
 from .multi_task import train as run_training
-from .optimiser import LearningRates
+from .optimiser import LearningRates, rates_of
 from .report import evaluate_tasks, summary, table
 
 Data = Annotated[Path, typer.Option(help="Folder with manifest.json and tasks/NAME.jsonl.")]
@@ -57,9 +57,9 @@ def train(
     epochs: Annotated[float, typer.Option(help="Passes over the train rows.")] = 1.0,
     steps: Annotated[int, typer.Option(help="Steps instead of epochs; 0 to count epochs.")] = 0,
     batch_rows: Annotated[int, typer.Option(help="Rows a step.")] = LoopConfig.batch_rows,
-    expert_rate: Annotated[float, typer.Option(help="Learning rate of the experts.")] = (
-        LearningRates.experts
-    ),
+    expert_rate: Annotated[
+        float | None, typer.Option(help="Learning rate of the experts.", show_default="by method")
+    ] = None,
     gate_rate: Annotated[float, typer.Option(help="Learning rate of scalar gates.")] = (
         LearningRates.gates
     ),
@@ -80,7 +80,11 @@ def train(
         loop = LoopConfig(
             steps=steps,
             batch_rows=batch_rows,
-            rates=LearningRates(expert_rate, gate_rate, routing_rate),
+            rates=LearningRates(
+                rates_of(method).experts if expert_rate is None else expert_rate,
+                gate_rate,
+                routing_rate,
+            ),
             sample_routing=sample_routing,
             seed=seed,
         )

@@ -15,14 +15,20 @@ class LearningRates:
     """Peak learning rates. Experts, scalar gates and routing logits want different ones: a step of
     AdamW moves every number by about its learning rate, and they live on different scales."""
 
-    experts: float = 5e-3
-    gates: float = 1e-4
+    experts: float = 2e-3
+    gates: float = 3e-4
     routing: float = 5e-2
 
     def of(self, group: str) -> float:
         """The rate of a parameter group, by its name."""
         rate: float = getattr(self, group)
         return rate
+
+
+def rates_of(method: str) -> LearningRates:
+    """The rates that a method starts from: leaves are drawn from N(0, 1) and have far to go."""
+    tensor_products = method == "tlora" or method.startswith("tensorpoly")
+    return LearningRates(experts=1e-2 if tensor_products else LearningRates.experts)
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:

@@ -57,6 +57,7 @@ def evaluate_tasks(
 ) -> list[TaskReport]:
     """Score every task that has a router beside the inventory, or those named; write `out` (JSON).
 
+    Routers without rows in the data folder are left out, with a warning and a place in the record.
     Scores of the base model do not depend on the inventory: those that `out` holds already, for
     the same split and number of rows, are kept. Raises DataError for a task without a router.
     """
@@ -65,7 +66,11 @@ def evaluate_tasks(
     missing = sorted(set(tasks or ()) - set(routers))
     if missing:
         raise DataError(f"{inventory.parent}/routers: no router for {', '.join(missing)}")
-    chosen = load_tasks(data, tasks or sorted(routers))
+    there = {task.name for task in load_tasks(data)}
+    without_rows = sorted(set(routers) - there) if tasks is None else []
+    if without_rows:
+        logger.warning("%s has no rows for %s: not scored", data, ", ".join(without_rows))
+    chosen = load_tasks(data, tasks or sorted(there & set(routers)))
     path = resolve_base(base)
     tokenizer = load_tokenizer(path)
     adapted = load_experts(read, load_base(path, getattr(torch, dtype)))
@@ -84,6 +89,7 @@ def evaluate_tasks(
                 "inventory_sha256": read.sha256,
                 "split": split,
                 "dtype": dtype,
+                "without_rows": without_rows,
                 "commit": current_commit(),
                 "summary": summary(reports),
                 "tasks": {r.task: _entry(r) for r in reports},
