@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from .errors import SpecError
 from .methods import make_experts, route, routing_shape
-from .routed_linear import RoutedLinear, RoutingContext
+from .routed_linear import RoutedLinear, RoutingContext, SharedInput
 from .spec import AdapterSpec, TargetModule
 
 ALL_PROJECTIONS = r".*\.layers\.\d+\..*_proj"
@@ -37,8 +38,16 @@ class AdaptedModel:
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Freeze the experts into the tensors that serving reads."""
-        for layer in self.layers:
+        neighbours: dict[tuple[str, int], dict[int, Tensor]] = defaultdict(dict)
+        for layer, target in zip(self.layers, self.targets, strict=True):
             layer.prepare(dtype)
+            if layer.experts.mixed_in_rank_space and layer.operands is not None:
+                parent = target.name.rpartition(".")[0]
+                neighbours[parent, target.d_in][layer.index] = layer.operands[0][0]
+        for sides in neighbours.values():
+            shared = SharedInput(sides)
+            for index in sides:
+                self.layers[index].shared = shared
 
 
 def find_targets(model: nn.Module, pattern: str = ALL_PROJECTIONS) -> tuple[TargetModule, ...]:

@@ -34,6 +34,11 @@ class Experts(nn.Module):
         self.spec = spec
         self.target = target
 
+    @property
+    def mixed_in_rank_space(self) -> bool:
+        """Whether operands are `a [1, E*r, d_in], b [1, d_out, E*r]`, and delta is `rank_space`."""
+        return False
+
     @classmethod
     def check(cls, spec: AdapterSpec) -> None:
         """Refuse hyperparameters that the method would silently ignore, or cannot take.

@@ -24,6 +24,10 @@ def initial_side(weight: Tensor, d_in: int, generator: torch.Generator) -> None:
 class RankSpaceExperts(Experts):
     """Experts whose delta is `B_t A_t x`, with A_t and B_t mixed from E experts on S blocks."""
 
+    @property
+    def mixed_in_rank_space(self) -> bool:
+        return self.splits(self.spec) == 1
+
     @classmethod
     def splits(cls, spec: AdapterSpec) -> int:
         """S: how many blocks the two dimensions are cut into."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from polyrex.kernels.rank_space import shrink_and_spread
 from polyrex.kernels.routing import StepRouting
 
 from .errors import TensorMismatch
@@ -23,6 +25,40 @@ class RoutingContext:
     step: StepRouting | None = None
 
 
+class SharedInput:
+    """Layers that are given the same input, and shrink it in one product for all of them.
+
+    Which layers those are is learned, not assumed: candidates start together, and one that is
+    handed another tensor than the first of them was leaves for good (`o_proj`, of an attention).
+    """
+
+    def __init__(self, sides: Mapping[int, Tensor]) -> None:
+        """`sides`: by a layer's index, in the order of the forward pass, its A side [E*r, d_in]."""
+        self._sides = dict(sides)
+        self._join()
+
+    def _join(self) -> None:
+        first = next(iter(self._sides.values()))
+        self._a = torch.cat(list(self._sides.values()))
+        self._indices = torch.tensor(list(self._sides), device=first.device)
+        self._x: Tensor | None = None
+        self._spread: tuple[Tensor, ...] = ()
+
+    def spread(self, index: int, x: Tensor, step: StepRouting) -> Tensor | None:
+        """What layer `index` applies its B side to, [T, E*r]; None if it does not belong here."""
+        place = list(self._sides).index(index)
+        if place == 0:
+            weights = step.by_token.index_select(1, self._indices)
+            spread = shrink_and_spread(x.reshape(-1, x.shape[-1]), self._a, weights)
+            # x is kept until the next one: as long as it lives, `is` cannot be fooled.
+            self._x, self._spread = x, spread.unbind(1)
+        elif x is not self._x:
+            del self._sides[index]
+            self._join()
+            return None
+        return self._spread[place]
+
+
 class RoutedLinear(nn.Module):
     """y = W x + b + delta(x; routing of x's token), with W and b frozen."""
 
@@ -36,6 +72,8 @@ class RoutedLinear(nn.Module):
         self.context = context
         self.operands: Operands | None = None
         """What whoever runs the model made of the experts; None: made in every forward pass."""
+        self.shared: SharedInput | None = None
+        """Where serving finds this layer's share of a product with its neighbours'."""
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Derive the operands once, for serving; training derives them in every step.
@@ -55,5 +93,12 @@ class RoutedLinear(nn.Module):
         if step is None:
             return y
         operands = self.operands or self.experts.operands(x.dtype)
+        if self.shared is not None:
+            spread = self.shared.spread(self.index, x, step)
+            if spread is not None:
+                # One product with the sum inside, not a product and a sum.
+                flat = y.view(-1, y.shape[-1])
+                return torch.addmm(flat, spread, operands[1][0].t()).view(y.shape)
+            self.shared = None
         flat = x.reshape(-1, x.shape[-1])
         return y + self.experts.delta(operands, flat, step.module(self.index)).view(y.shape)

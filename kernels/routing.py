@@ -34,16 +34,19 @@ class StepRouting:
 
     @cached_property
     def token_weights(self) -> tuple[Tensor, ...]:
-        """M times [T, W] in the compute dtype, each contiguous."""
-        return self._spread(self.rows)
+        """M times [T, W] in the compute dtype."""
+        return self.by_token.unbind(1)
+
+    @cached_property
+    def by_token(self) -> Tensor:
+        """[T, M, W] in the compute dtype."""
+        return self.weights.to(self.dtype).index_select(0, self.rows)
 
     @cached_property
     def run_weights(self) -> tuple[Tensor, ...]:
         """M times [T / run, W] in the compute dtype: the row of each run."""
-        return self._spread(self.rows[:: self.run])
-
-    def _spread(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return self.weights.transpose(0, 1).to(self.dtype).index_select(1, rows).unbind(0)
+        rows = self.rows[:: self.run]
+        return self.weights.to(self.dtype).index_select(0, rows).unbind(1)
 
     def module(self, index: int) -> ModuleRouting:
         """The part that target module number `index` reads."""

@@ -75,6 +75,25 @@ def test_prepared_experts_give_the_same(adapted: AdaptedModel, table: RoutingTab
     torch.testing.assert_close(logits_of(adapted, table, [1, 2]), before)
 
 
+def test_layers_with_one_input_shrink_it_together(
+    adapted: AdaptedModel, table: RoutingTable
+) -> None:
+    alone = logits_of(adapted, table, [1, 0, 2])
+    adapted.prepare(torch.float32)
+    torch.testing.assert_close(logits_of(adapted, table, [1, 0, 2]), alone)  # finds out who
+    torch.testing.assert_close(logits_of(adapted, table, [2, 1, 0]), alone[[2, 0, 1]])
+    shared = {
+        target.name: layer.shared
+        for layer, target in zip(adapted.layers, adapted.targets, strict=True)
+        if ".0." in target.name
+    }
+    attention = {name: s for name, s in shared.items() if "self_attn" in name}
+    output = attention.pop("model.layers.0.self_attn.o_proj")
+    assert output is None
+    assert None not in attention.values()
+    assert len(set(attention.values())) == 1
+
+
 def test_only_the_experts_can_be_trained(adapted: AdaptedModel) -> None:
     trainable = {name for name, p in adapted.model.named_parameters() if p.requires_grad}
     assert trainable
