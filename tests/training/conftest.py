@@ -1,4 +1,4 @@
-"""A tiny random Llama with the real tokenizer, and a handful of tasks, for the tests of training."""
+"""A tiny random Llama with the real tokenizer, and a handful of tasks, to train on."""
 
 from __future__ import annotations
 
