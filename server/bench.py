@@ -227,9 +227,7 @@ def main() -> None:
     )
     parser.add_argument("--inventory", type=Path, help="default: the shipped one")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument(
-        "--tasks", type=int, default=10_000, help="how many are registered"
-    )
+    parser.add_argument("--tasks", type=int, default=10_000, help="how many are registered")
     parser.add_argument("--out", type=Path, help="also write the JSON document here, indented")
     options = parser.parse_args()
     inventory = read_inventory(options.inventory or shipped_inventory(DEFAULT_BASE))

@@ -75,7 +75,7 @@ def evaluate(
     prompt is the answer. exact_match: greedy text up to the first newline, stripped.
     """
     rows = task.rows[split]
-    judge = _rank if task.metric == "rank_classification_accuracy" else _generate
+    judge = _rank if task.metric == "rank_classification_accuracy" else _match
     with routed(adapted, logits):
         right = judge(adapted, tokenizer, task, rows, batch_tokens)
     return Score(task.metric, len(rows), sum(right) / max(1, len(rows)))
@@ -169,7 +169,34 @@ def _rank(
     return right
 
 
-def _generate(
+def greedy_texts(
+    adapted: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+) -> list[str]:
+    """The greedy continuation of each prompt, up to the first newline, under the routing set."""
+    newline = tokenizer.encode("\n", add_special_tokens=False)[-1]
+    width = max(map(len, prompts))
+    tokens = torch.full((len(prompts), width), tokenizer.eos_token_id)
+    mask = torch.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):  # on the left, so that all prompts end together
+        tokens[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    base: Any = adapted.model
+    out = base.generate(
+        input_ids=tokens,
+        attention_mask=mask,
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        eos_token_id=[tokenizer.eos_token_id, newline],
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in out[:, width:]]
+    return [text.split("\n")[0] for text in texts]
+
+
+def _match(
     adapted: AdaptedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
@@ -179,27 +206,11 @@ def _generate(
     prompts = [tokenizer.encode(prompt_of(task.instruction, row)) for row in rows]
     # No text longer than the longest answer can match one.
     longest = max(len(encode_answer(tokenizer, row.answer)) for row in rows) + 1
-    newline = tokenizer.encode("\n", add_special_tokens=False)[-1]
-    base: Any = adapted.model
     right = [False] * len(rows)
     for indices in _by_length([len(p) + longest for p in prompts], batch_tokens):
-        width = max(len(prompts[i]) for i in indices)
-        tokens = torch.full((len(indices), width), tokenizer.eos_token_id)
-        mask = torch.zeros_like(tokens)
-        for row, index in enumerate(indices):  # on the left, so that all prompts end together
-            tokens[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
-            mask[row, width - len(prompts[index]) :] = 1
-        out = base.generate(
-            input_ids=tokens,
-            attention_mask=mask,
-            max_new_tokens=longest,
-            do_sample=False,
-            eos_token_id=[tokenizer.eos_token_id, newline],
-            pad_token_id=tokenizer.eos_token_id,
-        )
-        for index, ids in zip(indices, out[:, width:], strict=True):
-            text = str(tokenizer.decode(ids, skip_special_tokens=True))
-            right[index] = text.split("\n")[0].strip() == rows[index].answer.strip()
+        texts = greedy_texts(adapted, tokenizer, [prompts[i] for i in indices], longest)
+        for index, text in zip(indices, texts, strict=True):
+            right[index] = text.strip() == rows[index].answer.strip()
     return right
 
 

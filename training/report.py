@@ -95,7 +95,15 @@ def evaluate_tasks(
                 "tasks": {r.task: _entry(r) for r in reports},
             }
             write_record(out, record)
+    _add_to_run(inventory.with_name("record.json"), split, summary(reports))
     return reports
+
+
+def _add_to_run(path: Path, split: Split, scores: dict[str, Any]) -> None:
+    """Note the scores in the record of the run that made the inventory, where it lies beside it."""
+    if path.exists():
+        record = json.loads(path.read_text())
+        write_record(path, record | {"scores": record.get("scores", {}) | {split: scores}})
 
 
 def _known_base_scores(out: Path, split: Split) -> dict[str, Score]:

@@ -34,7 +34,7 @@ QUESTION: ChatCompletionUserMessageParam = {
     "role": "user",
     "content": "What is the capital of France?",
 }
-TASKS = [f"task-{index}" for index in range(6)]
+TASKS = [f"task-{index}" for index in range(32)]
 
 
 @dataclass
@@ -93,7 +93,7 @@ def server(
     make_router: MakeRouter,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Process]:
-    """A server with six random tasks."""
+    """A server with 32 random tasks."""
     folder = tmp_path_factory.mktemp("server")
     (folder / "tasks").mkdir()
     for index, name in enumerate(TASKS):
@@ -183,12 +183,13 @@ def test_tasks_that_come_and_go_leave_the_others_answers_alone(
     def ask(name: str) -> bool:
         return server.text(task=name) == alone[name]
 
-    with ThreadPoolExecutor(14) as pool:
+    with ThreadPoolExecutor(len(TASKS) + 2) as pool:
         guests = [pool.submit(come_and_go, worker) for worker in range(2)]
-        right = list(pool.map(ask, TASKS * 3))
+        right = list(pool.map(ask, TASKS))
         for guest in guests:
             guest.result()
     assert all(right)
+    assert len(set(alone.values())) > len(TASKS) / 2  # else a mix-up could go unseen
 
 
 def test_a_new_version_answers_what_it_answers_from_cold(

@@ -101,6 +101,8 @@ def test_evaluate_reports_base_and_adapted(
     scores = json.loads(out.read_text())
     assert set(scores["tasks"]) == {"colour", "shout"}
     assert scores["summary"]["held_in exact_match"]["tasks"] == 1
+    record = json.loads((run_folder / "record.json").read_text())
+    assert record["scores"]["test"] == scores["summary"]
     # A second run keeps the base model's scores and says the same.
     assert polyrex(*command, *inventory).exit_code == 0
     assert json.loads(out.read_text())["tasks"] == scores["tasks"]

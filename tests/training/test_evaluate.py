@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from polyrex.adapters.attach import AdaptedModel
 from polyrex.adapters.spec import AdapterSpec
 from polyrex.training.batches import encode_answer
-from polyrex.training.data import Task, load_tasks, prompt_of
-from polyrex.training.evaluate import Score, evaluate, option_scores, routed
+from polyrex.training.data import load_tasks
+from polyrex.training.evaluate import Score, evaluate, greedy_texts, option_scores, routed
 
 MakeAdapted = Callable[[AdapterSpec], AdaptedModel]
 
@@ -65,32 +65,40 @@ def test_options_share_a_prompt_and_keep_their_scores(
 
 
 @torch.inference_mode()
-def test_exact_match_is_greedy_text_up_to_the_newline(
+def test_generated_text_is_greedy_up_to_the_newline(
+    adapted: AdaptedModel, logits: torch.Tensor, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    prompts = [tokenizer.encode(text) for text in ("The sky is", "Two and three make", "A")]
+    base: Any = adapted.model
+    expected = []
+    with routed(adapted, logits):
+        found = greedy_texts(adapted, tokenizer, prompts, 6)
+        for prompt in prompts:
+            tokens = list(prompt)
+            for _ in range(6):
+                tokens.append(int(base(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+            expected.append(str(tokenizer.decode(tokens[len(prompt) :])).split("\n")[0])
+    assert found == expected
+    assert greedy_texts(adapted, tokenizer, prompts, 6) != expected  # the base model's
+
+
+def test_exact_match_compares_stripped_text(
     adapted: AdaptedModel,
     logits: torch.Tensor,
     tokenizer: PreTrainedTokenizerBase,
     rows_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (task,) = load_tasks(rows_folder, ("shout",))
-    base: Any = adapted.model
-    answers = []
-    with routed(adapted, logits):
-        for row in task.rows["test"]:
-            tokens = tokenizer.encode(prompt_of(task.instruction, row))
-            start = len(tokens)
-            for _ in range(4):
-                tokens.append(int(base(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
-            answers.append(str(tokenizer.decode(tokens[start:])).split("\n")[0].strip())
-    rows = tuple(
-        row.__class__(row.input, answer, None)
-        for row, answer in zip(task.rows["test"], answers, strict=True)
-    )
-    told = Task(**{**vars(task), "rows": {**task.rows, "test": rows}})
-    longest = max(len(encode_answer(tokenizer, answer)) for answer in answers)
-    assert longest >= 3  # else the comparison would say nothing
-    score = evaluate(adapted, tokenizer, told, logits)
-    assert score.value >= 0.5
-    assert evaluate(adapted, tokenizer, told, None).value == 0
+    answers = {row.input: row.answer for row in task.rows["test"]}
+    wrong = task.rows["test"][0].input
+
+    def said(_: Any, __: Any, prompts: list[list[int]], max_tokens: int) -> list[str]:
+        things = [str(tokenizer.decode(prompt)).split("\n")[1] for prompt in prompts]
+        return [f" {answers[t]}{'!' if t == wrong else ''}  " for t in things]
+
+    monkeypatch.setattr("polyrex.training.evaluate.greedy_texts", said)
+    assert evaluate(adapted, tokenizer, task, logits).value == 0.5  # each thing comes twice
 
 
 def test_scores_do_not_depend_on_the_batch(

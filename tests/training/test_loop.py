@@ -29,7 +29,7 @@ LOOP = LoopConfig(
     steps=8, batch_rows=4, rates=LearningRates(gates=1e-2), warmup=2, checkpoint_every=3
 )
 SPECS = [
-    AdapterSpec(name, rank=4, experts=4 if "experts" in cls.uses else 1)
+    AdapterSpec(name, rank=4, experts=6 if "experts" in cls.uses else 1)
     for name, cls in METHODS.items()
 ] + [AdapterSpec("trex", rank=4, form="static"), AdapterSpec("trex", rank=4, form="diagonal")]
 
