@@ -43,7 +43,7 @@ def plain_option_score(adapted: AdaptedModel, prompt: list[int], option: tuple[i
     tokens = torch.tensor([[*prompt, *option]])
     logprobs = base(input_ids=tokens).logits[0].log_softmax(-1)
     steps = range(len(prompt) - 1, len(prompt) + len(option) - 1)
-    return sum(logprobs[t, tokens[0, t + 1]].item() for t in steps) / len(option)
+    return float(sum(logprobs[t, tokens[0, t + 1]].item() for t in steps) / len(option))
 
 
 @torch.inference_mode()
