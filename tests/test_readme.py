@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -32,9 +31,3 @@ def test_every_command_it_shows_is_there() -> None:
     assert shown == set(COMMANDS)
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"\bmake ([a-z]+)", README)) <= targets
-
-
-def test_measured_figures_are_those_of_the_benchmark() -> None:
-    bench = json.loads((ROOT / "tests" / "results" / "bench.json").read_text())
-    for name, value in bench["ratios"].items():
-        assert f"| `{name}` | {value} |" in README
