@@ -248,6 +248,7 @@ def main() -> None:
         print(f"{key}: {figures[key]}", flush=True)
     document = {"ratios": ratios(figures, options.tasks), "figures": figures}
     if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(document, indent=2) + "\n")
     print(json.dumps(document))
 
