@@ -1,7 +1,7 @@
 """The materialised tensor-product factor in one product a side, forward and backward.
 
 `tensor_product.tensor_factor` is its slow twin: it builds the outer product and then normalises it,
-which reads and writes the whole factor about fifteen times over a training step.
+which reads and writes the whole factor several times, and again for the gradient.
 """
 
 from __future__ import annotations

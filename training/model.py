@@ -51,7 +51,7 @@ class MultiTaskModel(nn.Module):
     def derive_operands(self) -> None:
         """Make every layer's experts into operands, all layers of one shape at once.
 
-        One by one, some thirty small operations a layer and direction are a third of a step.
+        One by one, each layer and side would be some thirty small operations.
         """
         shapes: dict[tuple[int, int], list[RoutedLinear]] = defaultdict(list)
         for layer in self.adapted.layers:
