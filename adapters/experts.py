@@ -36,7 +36,7 @@ class Experts(nn.Module):
 
     @property
     def mixed_in_rank_space(self) -> bool:
-        """Whether operands are `a [1, E*r, d_in], b [1, d_out, E*r]`, and delta is `rank_space`."""
+        """Whether operands are `a [1, E*r, d_in], b [1, E*r, d_out]`, and delta is `rank_space`."""
         return False
 
     @classmethod

@@ -91,8 +91,8 @@ class MhrExperts(RankSpaceExperts):
 
     def operands(self, dtype: torch.dtype) -> Operands:
         a = self.lora_a.transpose(2, 3).flatten(1, 2)  # [S, E*r, d_in/S]
-        b = self.lora_b.flatten(1, 2).transpose(1, 2) * self.scale()  # [S, d_out/S, E*r]
-        return a.to(dtype).contiguous(), b.to(dtype).contiguous()
+        b = self.lora_b.flatten(1, 2) * self.scale()  # [S, E*r, d_out/S]
+        return a.to(dtype).contiguous(), b.to(dtype)
 
 
 class PolyExperts(MhrExperts):

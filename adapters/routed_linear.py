@@ -39,23 +39,30 @@ class SharedInput:
 
     def _join(self) -> None:
         first = next(iter(self._sides.values()))
-        self._a = torch.cat(list(self._sides.values()))
+        # Stored the other way round: see shrink_and_spread.
+        self._a = torch.cat(list(self._sides.values())).t().contiguous().t()
         self._indices = torch.tensor(list(self._sides), device=first.device)
         self._x: Tensor | None = None
         self._spread: tuple[Tensor, ...] = ()
 
-    def spread(self, index: int, x: Tensor, step: StepRouting) -> Tensor | None:
-        """What layer `index` applies its B side to, [T, E*r]; None if it does not belong here."""
+    def serves(self, index: int, x: Tensor) -> bool:
+        """Whether layer `index` reads what the first of them read in this forward pass."""
+        return index == next(iter(self._sides)) or x is self._x
+
+    def split_off(self, index: int) -> SharedInput:
+        """Let layer `index` go; returns what it shares with nobody from now on."""
+        side = self._sides.pop(index)
+        self._join()
+        return SharedInput({index: side})
+
+    def spread(self, index: int, x: Tensor, step: StepRouting) -> Tensor:
+        """What layer `index` applies its B side to, [T, E*r]; only where `serves` says so."""
         place = list(self._sides).index(index)
         if place == 0:
             weights = step.by_token.index_select(1, self._indices)
             spread = shrink_and_spread(x.reshape(-1, x.shape[-1]), self._a, weights)
             # x is kept until the next one: as long as it lives, `is` cannot be fooled.
             self._x, self._spread = x, spread.unbind(1)
-        elif x is not self._x:
-            del self._sides[index]
-            self._join()
-            return None
         return self._spread[place]
 
 
@@ -93,12 +100,11 @@ class RoutedLinear(nn.Module):
         if step is None:
             return y
         operands = self.operands or self.experts.operands(x.dtype)
-        if self.shared is not None:
+        if self.shared is not None and step.run == 1:
+            if not self.shared.serves(self.index, x):
+                self.shared = self.shared.split_off(self.index)
             spread = self.shared.spread(self.index, x, step)
-            if spread is not None:
-                # One product with the sum inside, not a product and a sum.
-                flat = y.view(-1, y.shape[-1])
-                return torch.addmm(flat, spread, operands[1][0].t()).view(y.shape)
-            self.shared = None
+            # In place: the sum costs nothing extra inside the product.
+            return y.view(-1, y.shape[-1]).addmm_(spread, operands[1][0]).view(y.shape)
         flat = x.reshape(-1, x.shape[-1])
         return y + self.experts.delta(operands, flat, step.module(self.index)).view(y.shape)

@@ -49,4 +49,4 @@ class TensorPoly1Experts(RankSpaceExperts):
         a = fused_factor(self.weight_leafs_a, self.target.d_in, norm, dtype)  # [E, r, d_in]
         b = fused_factor(self.weight_leafs_b, self.target.d_out, norm, dtype)  # [E, r, d_out]
         b = b * (self.gate / self.spec.rank).to(dtype)
-        return a.flatten(0, 1).unsqueeze(0), b.flatten(0, 1).t().unsqueeze(0)
+        return a.flatten(0, 1).unsqueeze(0), b.flatten(0, 1).unsqueeze(0)

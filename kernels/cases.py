@@ -70,7 +70,7 @@ def rank_space_inputs(
     width = case.experts * case.rank
     x = normal(case.tokens, case.d_in)
     a = normal(case.splits, width, case.d_in // case.splits) / case.d_in**0.5
-    b = normal(case.splits, case.d_out // case.splits, width) / case.rank
+    b = normal(case.splits, width, case.d_out // case.splits) / case.rank
     tasks = normal(max(case.tokens, 1), case.splits, case.experts).softmax(-1)
     weights = tasks[task_of_token(case.popularity, case.tokens, generator)]
     return x.to(dtype), a.to(dtype), b.to(dtype), weights.to(dtype)

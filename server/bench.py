@@ -1,8 +1,9 @@
 """`make bench`: what adapters cost, and what many tasks cost. The last line is one JSON document.
 
 Two parts. In this process, the embedded engine alone: 32 requests at once of 17 prompt tokens and
-32 new ones, first without adapters, then all of one task, then of 32 tasks, in turn, round after
-round; ratios are taken within a round and their median is reported. Against a server process, over
+32 new ones, first without adapters, then all of one task, then of 32 tasks, then transformers' own
+continuous batching of the base model, in turn, round after round; ratios are taken within a round
+and their median is reported. Against a server process, over
 HTTP: how long a task just registered takes for its first token and for its tenth, and how much the
 process grows by 10,000 registered tasks.
 """
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from typing import Any
 import httpx
 import psutil
 import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from polyrex.adapters.base_model import DEFAULT_BASE, load_base, load_tokenizer, resolve_base
 from polyrex.adapters.inventory import Inventory, load_experts, read_inventory
@@ -73,11 +75,12 @@ def throughput(inventory: Inventory, dtype: torch.dtype, rounds: int) -> dict[st
 
     async def measure() -> dict[str, list[float]]:
         await engine.start()
-        rates: dict[str, list[float]] = {name: [] for name in mixes}
-        for number in range(rounds + 1):
-            for name, mix in mixes.items():
-                rate = await _tokens_per_second(engine, prompt, mix)
-                if number:  # the first round warms up
+        rates: dict[str, list[float]] = {name: [] for name in (*mixes, "transformers")}
+        with transformers_batching(load_base(path, dtype)) as transformers_rate:
+            for number in range(rounds + 1):
+                found = {n: await _tokens_per_second(engine, prompt, m) for n, m in mixes.items()}
+                found["transformers"] = await asyncio.to_thread(transformers_rate, prompt)
+                for name, rate in found.items() if number else ():  # the first round warms up
                     rates[name].append(rate)
         await engine.stop()
         return rates
@@ -88,7 +91,40 @@ def throughput(inventory: Inventory, dtype: torch.dtype, rounds: int) -> dict[st
         "adapted_vs_base_distinct32": _median_ratio(rates["distinct32"], rates["base"]),
         "adapted_vs_base_one_task": _median_ratio(rates["one_task"], rates["base"]),
         "distinct32_vs_one_task": _median_ratio(rates["distinct32"], rates["one_task"]),
+        "base_vs_transformers": _median_ratio(rates["base"], rates["transformers"]),
     }
+
+
+@contextmanager
+def transformers_batching(model: Any) -> Iterator[Callable[[tuple[int, ...]], float]]:
+    """A function that measures transformers' continuous batching, with as much cache as ours."""
+    page = 256
+    batching = ContinuousBatchingConfig(
+        page_size=page,
+        num_blocks=EngineConfig.kv_cache_tokens // page,
+        max_batch_tokens=EngineConfig.max_batch_tokens,
+        allow_block_sharing=False,
+    )
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
+    model.set_attn_implementation("sdpa")
+    with model.continuous_batching_context_manager(
+        generation_config=settings, continuous_batching_config=batching
+    ) as manager:
+
+        def rate(prompt: tuple[int, ...]) -> float:
+            started = time.perf_counter()
+            manager.add_requests([list(prompt)] * REQUESTS, max_new_tokens=NEW_TOKENS)
+            done: list[int] = []
+            while len(done) < REQUESTS:
+                result = manager.get_result(timeout=1)
+                if result is not None and result.is_finished():
+                    done.append(len(result.generated_tokens))
+            assert sum(done) == REQUESTS * NEW_TOKENS
+            return sum(done) / (time.perf_counter() - started)
+
+        yield rate
 
 
 def _median_ratio(over: Sequence[float], under: Sequence[float]) -> float:
@@ -260,6 +296,7 @@ def ratios(figures: dict[str, Any], tasks: int) -> dict[str, float]:
     return {
         "adapted_vs_base_distinct32": default["adapted_vs_base_distinct32"],
         "distinct32_vs_one_task": default["distinct32_vs_one_task"],
+        "base_vs_transformers": default["base_vs_transformers"],
         "first_vs_tenth_request": figures["latency"]["first_vs_tenth_request"],
         growth_key: figures["memory"][growth_key],
         f"http_distinct32_vs_one_task_{tasks}_tasks": figures[f"http_{tasks}_tasks"][

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -31,3 +32,9 @@ def test_every_command_it_shows_is_there() -> None:
     assert shown == set(COMMANDS)
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"\bmake ([a-z]+)", README)) <= targets
+
+
+def test_measured_figures_are_those_of_the_benchmark() -> None:
+    ratios = json.loads((ROOT / "tests" / "results" / "bench.json").read_text())["ratios"]
+    shown = dict(re.findall(r"^\| [^|]+ \| `([a-z0-9_]+)` \| ([\d.]+)", README, re.MULTILINE))
+    assert {name: float(value) for name, value in shown.items()} == ratios

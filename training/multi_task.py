@@ -78,8 +78,7 @@ def train(config: TrainConfig) -> Path:
 
 
 def use_eager_attention(base: nn.Module) -> None:
-    """Attention as plain products: on short rows, the CPU's fused kernel takes a fifth of a
-    training step for its backward pass alone."""
+    """Attention as plain products: on short rows, the CPU's fused kernel has a slow backward."""
     if isinstance(base, PreTrainedModel):
         base.set_attn_implementation("eager")
 

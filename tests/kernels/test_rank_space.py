@@ -55,7 +55,7 @@ def test_twin_is_the_formula_written_out() -> None:
             hidden += weights[t, s, e] * (a[s, 3 * e : 3 * e + 3] @ x[t, 3 * s : 3 * s + 3])
     for s in range(2):
         for e in range(2):
-            out[2 * s : 2 * s + 2] += weights[t, s, e] * (b[s, :, 3 * e : 3 * e + 3] @ hidden)
+            out[2 * s : 2 * s + 2] += weights[t, s, e] * (hidden @ b[s, 3 * e : 3 * e + 3])
     torch.testing.assert_close(rank_space_reference(x, a, b, weights)[t], out)
 
 

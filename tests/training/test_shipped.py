@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +27,12 @@ ROWS = ROOT / "training" / "rows"
 @pytest.fixture(scope="module")
 def inventory() -> Inventory:
     return read_inventory(SHIPPED / "inventory.safetensors")
+
+
+@pytest.fixture(scope="module")
+def scores() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((SHIPPED / "scores.json").read_text())
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +61,27 @@ def test_it_brings_tasks_adapted_from_32_rows(inventory: Inventory, tmp_path: Pa
     assert len(few_shot) >= 3
     assert all(task.provenance["rows"] == 32 for task in few_shot)
     assert all(str(task.provenance["example_prompt"]).endswith("Answer:") for task in tasks)
+
+
+def test_its_scores_are_its_own(inventory: Inventory, scores: dict[str, Any]) -> None:
+    assert scores["inventory_sha256"] == inventory.sha256
+    assert set(scores["tasks"]) == set(neighbours(inventory))
+    assert scores["split"] == "test"
+
+
+def test_its_scores_reach_the_goals(scores: dict[str, Any]) -> None:
+    summary = scores["summary"]
+    held_in = summary["held_in rank_classification_accuracy"]
+    assert held_in["adapted"] - held_in["base"] >= 0.30
+    assert summary["improved_tasks"] >= 12
+
+
+def test_its_card_shows_every_score(scores: dict[str, Any]) -> None:
+    card = (SHIPPED / "README.md").read_text()
+    for name, score in scores["tasks"].items():
+        (row,) = [line for line in card.splitlines() if line.startswith(f"| {name} |")]
+        assert f"| {score['rows']} | {100 * score['base']:.1f} ± " in row
+        assert f"| {100 * score['adapted']:.1f} ± " in row
 
 
 @pytest.mark.parametrize("name", ["intent_snips", "past_tense", "plural"])
