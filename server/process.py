@@ -37,8 +37,11 @@ def bind(host: str, port: int) -> socket.socket:
     Bound before the model is loaded, so that a taken port is known at once.
     """
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host, port, proto=socket.IPPROTO_TCP)
+        family, kind, protocol, _, address = found[0]
+        # asyncio sends at once (TCP_NODELAY) only where the socket says that it is TCP; otherwise
+        # an answer's last packet may wait 40 ms for the client's acknowledgement of the first.
+        listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)

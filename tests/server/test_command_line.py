@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from polyrex.server.cli import COMMANDS, command_line
 from polyrex.server.cli_serve import default_tasks_folder
 from polyrex.server.errors import StartError
 from polyrex.server.loading import shipped_inventory
-from polyrex.server.process import check_exposure
+from polyrex.server.process import bind, check_exposure
 
 
 def test_help_names_every_command() -> None:
@@ -36,6 +38,26 @@ def test_other_addresses_need_keys_or_a_word(host: str) -> None:
     check_exposure(host, keys=False, insecure=True)
     with pytest.raises(StartError, match="--api-key-file"):
         check_exposure(host, keys=False, insecure=False)
+
+
+async def connection_option(listener: socket.socket, option: int) -> int:
+    """What a connection to the listener has for a TCP option, on the server's side."""
+    found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def accepted(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        found.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, option))
+        writer.close()
+
+    async with await asyncio.start_server(accepted, sock=listener):
+        _, writer = await asyncio.open_connection(*listener.getsockname())
+        option_set = await found
+        writer.close()
+        await writer.wait_closed()
+    return option_set
+
+
+def test_answers_do_not_wait_for_acknowledgements() -> None:
+    assert asyncio.run(connection_option(bind("127.0.0.1", 0), socket.TCP_NODELAY))
 
 
 def test_tasks_are_kept_in_the_users_state_folder(
