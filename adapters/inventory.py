@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from .attach import AdaptedModel, attach
 from .base_model import BaseIdentity, identify
 from .errors import BaseModelMismatch, FileError, MalformedFile, SpecError
+from .experts import Experts
 from .files import (
     STORED_DTYPES,
     Shape,
@@ -108,26 +109,40 @@ def read_inventory(path: Path) -> Inventory:
 
 
 def load_experts(inventory: Inventory, model: nn.Module) -> AdaptedModel:
-    """Attach an inventory to the base model that it was made for, with its tensors as float32.
+    """Attach an inventory to the base model that it was made for.
 
     Every check comes before the model is touched. Raises BaseModelMismatch where the model is
-    another one, TensorMismatch naming the tensor that is not as it should be.
+    another one, and what `read_experts` raises.
     """
-    found, file = _read(inventory.path)
-    if found.sha256 != inventory.sha256:
-        raise MalformedFile(f"{inventory.path}: the file has changed since it was first read")
     inventory.base.check(identify(model), str(inventory.path))
-    tensors = file.checked(
-        expected_tensors(inventory.spec, inventory.targets), tuple(STORED_DTYPES)
-    )
+    experts = read_experts(inventory)
     try:
         adapted = attach(model, inventory.spec, inventory.targets)
     except SpecError as error:
         raise BaseModelMismatch(f"{inventory.path}: {error}") from error
-    with torch.no_grad():
-        for name, parameter in _parameters(adapted).items():
-            parameter.copy_(tensors[name])
+    for layer, found in zip(adapted.layers, experts, strict=True):
+        layer.experts = found.to(layer.base.weight.device)
     return adapted
+
+
+def read_experts(inventory: Inventory) -> tuple[Experts, ...]:
+    """The experts of every target module, in the inventory's order, as float32 on the CPU.
+
+    Raises TensorMismatch naming the tensor that is not as it should be, MalformedFile where the
+    file is not the one whose header was read.
+    """
+    found, file = _read(inventory.path)
+    if found.sha256 != inventory.sha256:
+        raise MalformedFile(f"{inventory.path}: the file has changed since it was first read")
+    tensors = file.checked(
+        expected_tensors(inventory.spec, inventory.targets), tuple(STORED_DTYPES)
+    )
+    experts = tuple(make_experts(inventory.spec, target) for target in inventory.targets)
+    with torch.no_grad():
+        for each in experts:
+            for name, parameter in each.named_parameters():
+                parameter.copy_(tensors[f"{each.target.name}.{name}"])
+    return experts
 
 
 def expected_tensors(spec: AdapterSpec, targets: tuple[TargetModule, ...]) -> dict[str, Shape]:

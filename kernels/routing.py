@@ -82,15 +82,22 @@ class ModuleRouting:
 
 
 class RoutingTable:
-    """Routing weights on the device: `slots` rows of [M, W] float32; row 0 is the base model."""
+    """Routing weights on the device: `slots` rows of [M, W]; row 0 is the base model."""
 
-    def __init__(self, slots: int, modules: int, width: int, device: torch.device) -> None:
-        self.weights = torch.zeros(slots, modules, width, device=device)
+    def __init__(
+        self,
+        slots: int,
+        modules: int,
+        width: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.weights = torch.zeros(slots, modules, width, device=device, dtype=dtype)
 
     def write(self, slot: int, weights: Tensor) -> None:
-        """Fill one row, `weights` [M, W]. Slot 0 stays zero: it is what base requests read."""
+        """Fill one row with M * W `weights`. Slot 0 stays zero: it is what base requests read."""
         assert slot > 0, "slot 0 is the base model"
-        self.weights[slot].copy_(weights)
+        self.weights[slot].copy_(weights.view(self.weights.shape[1:]))
 
     def step(self, slots: Sequence[int], dtype: torch.dtype) -> StepRouting | None:
         """The routing of a packed batch, `slots[t]` for each of its T tokens.
@@ -103,4 +110,5 @@ class RoutingTable:
         position = {slot: row for row, slot in enumerate(distinct)}
         device = self.weights.device
         rows = torch.tensor([position[slot] for slot in slots], device=device)
-        return StepRouting(self.weights[torch.tensor(distinct, device=device)], rows, dtype)
+        weights = self.weights[torch.tensor(distinct, device=device)].float()
+        return StepRouting(weights, rows, dtype)

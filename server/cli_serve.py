@@ -13,7 +13,7 @@ import typer
 from polyrex.adapters.errors import PolyrexError
 
 from .auth import read_key_digests
-from .config import Device, Dtype, EngineName, Launch, ServerConfig
+from .config import Device, Dtype, EngineName, Launch, ServerConfig, VllmConfig
 from .process import bind, check_exposure, run
 from .progress import Progress
 
@@ -48,6 +48,12 @@ def serve(
     dtype: Annotated[Dtype, typer.Option(help="What the model computes in.")] = Launch.dtype,
     device: Annotated[Device, typer.Option(help="What the model computes on.")] = Launch.device,
     engine: Annotated[EngineName, typer.Option(help="What runs the model.")] = Launch.engine,
+    eager: Annotated[
+        bool, typer.Option("--eager", help="vllm: do not compile; starts in a third of the time.")
+    ] = False,
+    tensor_parallel: Annotated[
+        int, typer.Option(help="vllm: how many ranks share the model.", min=1)
+    ] = VllmConfig.tensor_parallel,
     api_key_file: Annotated[
         Path | None,
         typer.Option(help="API keys, one a line; everything but /livez and /readyz asks for one."),
@@ -84,7 +90,9 @@ def serve(
             drain_seconds=drain_seconds,
         )
         folder = tasks_dir or default_tasks_folder()
-        _serve(Launch(config, folder, inventory, dtype, device, engine), progress)
+        vllm = VllmConfig(eager=eager, tensor_parallel=tensor_parallel)
+        launch = Launch(config, folder, inventory, dtype, device, engine, vllm_config=vllm)
+        _serve(launch, progress)
     except PolyrexError as error:
         typer.echo(f"polyrex serve: {error}", err=True)
         raise typer.Exit(1) from error

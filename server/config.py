@@ -26,6 +26,7 @@ class EngineName(StrEnum):
     """What runs the model."""
 
     embedded = "embedded"
+    vllm = "vllm"
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,22 @@ class EngineConfig:
     kv_cache_tokens: int = 16384
     """Tokens whose keys and values fit in the cache, of all running requests together. Allocated
     at start: for SmolLM2-135M 23 KB a token in bfloat16, 46 KB in float32."""
+
+
+@dataclass(frozen=True)
+class VllmConfig:
+    """Sizes of the vLLM engine; what is not here is vLLM's default."""
+
+    max_batch_tokens: int = 2048
+    max_running: int = 128
+    slots: int = 1024
+    """Rows of the routing table: most different task versions in use at the same time."""
+    max_context: int | None = None
+    """Without, as much as the model was made for."""
+    kv_cache_bytes: int = 2 << 30
+    eager: bool = False
+    """Run without compiling: starts in a third of the time, generates somewhat slower."""
+    tensor_parallel: int = 1
 
 
 @dataclass(frozen=True)
@@ -74,3 +91,4 @@ class Launch:
     device: Device = Device.auto
     engine: EngineName = EngineName.embedded
     engine_config: EngineConfig = EngineConfig()
+    vllm_config: VllmConfig = VllmConfig()

@@ -13,17 +13,16 @@ from fastapi import FastAPI
 from transformers.utils.logging import disable_progress_bar
 
 from polyrex.adapters.base_model import load_base, load_tokenizer, resolve_base
-from polyrex.adapters.inventory import load_experts, read_inventory
+from polyrex.adapters.inventory import Inventory, load_experts, read_inventory
 from polyrex.adapters.registry import TaskRegistry
 
 from .app import create_app
 from .config import Device, Dtype, EngineName, Launch, ServerConfig
-from .engines.embedded import EmbeddedEngine
+from .engines.base import Engine
 from .errors import StartError
 from .progress import Progress
 
 _DTYPES = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}
-_ENGINES = {EngineName.embedded: EmbeddedEngine}
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,9 @@ def load(launch: Launch, progress: Progress) -> Loaded:
         inventory = read_inventory(path)
     with progress.stage(f"base model {name}"):
         base = resolve_base(name, progress.say)
-        model = load_base(base, _DTYPES[launch.dtype], _device(launch.device))
         tokenizer = load_tokenizer(base)
-    with progress.stage("experts into the base model"):
-        adapted = load_experts(inventory, model)
+    with progress.stage(f"the {launch.engine} engine"):
+        engine = _ENGINES[launch.engine](launch, base, inventory)
     with progress.stage(f"tasks in {launch.tasks_folder}"):
         shipped = path.parent / "routers"
         registry = TaskRegistry(
@@ -54,8 +52,28 @@ def load(launch: Launch, progress: Progress) -> Loaded:
         )
     rejected = len(registry.rejected)
     progress.say(f"{len(registry)} tasks" + (f", {rejected} files rejected" if rejected else ""))
-    engine = _ENGINES[launch.engine](adapted, model, inventory, launch.engine_config)
     return Loaded(create_app(launch.server, engine, registry, tokenizer), registry)
+
+
+def _embedded(launch: Launch, base: str, inventory: Inventory) -> Engine:
+    from .engines.embedded import EmbeddedEngine
+
+    model = load_base(base, _DTYPES[launch.dtype], _device(launch.device))
+    adapted = load_experts(inventory, model)
+    return EmbeddedEngine(adapted, model, inventory, launch.engine_config)
+
+
+def _vllm(launch: Launch, base: str, inventory: Inventory) -> Engine:
+    try:
+        from .engines.vllm_engine import VllmEngine  # here, as vLLM need not be installed
+    except ImportError as error:
+        raise StartError(
+            f"the vllm engine needs vLLM, which cannot be imported: {error}"
+        ) from error
+    return VllmEngine(base, inventory, launch.vllm_config, launch.dtype)
+
+
+_ENGINES = {EngineName.embedded: _embedded, EngineName.vllm: _vllm}
 
 
 def _device(device: Device) -> str:

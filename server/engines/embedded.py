@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from polyrex.adapters.attach import AdaptedModel
 from polyrex.adapters.inventory import Inventory
+from polyrex.kernels.routing import RoutingTable
 from polyrex.server.config import EngineConfig
 from polyrex.server.errors import EngineError, EngineStopped, StartError
 
@@ -90,9 +91,17 @@ class EmbeddedEngine:
         self._dtype, self._device = weight.dtype, weight.device
         self._eos = _eos_tokens(model)
         self._cache = PagedCache(model_config, capacity, self._dtype, self._device)
-        self._slots = (
-            None if inventory is None else SlotCache(inventory, config.slots, self._device)
-        )
+        self._table: RoutingTable | None = None
+        self._slots: SlotCache | None = None
+        if inventory is not None:
+            table = RoutingTable(config.slots, *inventory.table_shape, self._device)
+            self._table, self._slots = (
+                table,
+                SlotCache(
+                    config.slots,
+                    lambda slot, task: table.write(slot, inventory.route(task.router.logits)),
+                ),
+            )
         self._scheduler = Scheduler(config, self._cache, self._slots)
         self._inbox: queue.SimpleQueue[Generation | _Abort | _Stop] = queue.SimpleQueue()
         self._outbox: list[tuple[Generation, Outcome]] = []
@@ -234,8 +243,8 @@ class EmbeddedEngine:
                 kept.append(len(tokens) - 1)
             positions += range(start, end)
             slots += [generation.slot] * count
-        if self._adapted is not None and self._slots is not None:
-            self._adapted.context.step = self._slots.table.step(slots, self._dtype)
+        if self._adapted is not None and self._table is not None:
+            self._adapted.context.step = self._table.step(slots, self._dtype)
         output = self._model(
             input_ids=torch.tensor([tokens], device=self._device),
             position_ids=torch.tensor([positions], device=self._device),

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 
-import torch
-
-from polyrex.adapters.inventory import Inventory
 from polyrex.adapters.registry import TaskVersion
-from polyrex.kernels.routing import RoutingTable
 
 
 class SlotCache:
@@ -18,9 +15,9 @@ class SlotCache:
     new one needs the place, the longest unused first. Slot 0 is the base model's.
     """
 
-    def __init__(self, inventory: Inventory, slots: int, device: torch.device) -> None:
-        self.table = RoutingTable(slots, *inventory.table_shape, device)
-        self._inventory = inventory
+    def __init__(self, slots: int, write: Callable[[int, TaskVersion], None]) -> None:
+        """`slots` rows, the base model's included; `write` puts a task's weights into one."""
+        self._write = write
         self._free = list(range(slots - 1, 0, -1))
         self._slots: OrderedDict[str, int] = OrderedDict()  # the longest unused first
         self._users: Counter[str] = Counter()
@@ -30,15 +27,22 @@ class SlotCache:
         """How many slots running requests use."""
         return len(self._users)
 
+    def holds(self, sha256: str) -> bool:
+        """Whether a router is in a slot, so that one more request of it need not wait."""
+        return sha256 in self._slots
+
     def acquire(self, task: TaskVersion) -> int | None:
         """The slot of a task version for one more request; None while all are in use."""
         sha256 = task.info.router_sha256
         if sha256 not in self._slots:
-            row = self._inventory.route(task.router.logits)
             slot = self._vacant()
             if slot is None:
                 return None
-            self.table.write(slot, row)
+            try:
+                self._write(slot, task)
+            except Exception:
+                self._free.append(slot)
+                raise
             self._slots[sha256] = slot
         self._slots.move_to_end(sha256)
         self._users[sha256] += 1

@@ -19,7 +19,7 @@ from polyrex.adapters.registry import TaskInfo, TaskVersion
 from polyrex.adapters.router_file import read_router
 from polyrex.kernels.routing import RoutingTable
 from polyrex.server.config import EngineConfig
-from polyrex.server.engines.base import GenerationRequest, SamplingParams, Token
+from polyrex.server.engines.base import Engine, GenerationRequest, SamplingParams, Token
 from polyrex.server.engines.embedded import EmbeddedEngine
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def prompt(seed: int, length: int = 14) -> tuple[int, ...]:
 
 
 async def complete(
-    engine: EmbeddedEngine,
+    engine: Engine,
     tokens: tuple[int, ...],
     task: TaskVersion | None = None,
     sampling: SamplingParams = GREEDY,

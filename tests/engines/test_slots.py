@@ -3,34 +3,53 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from polyrex.adapters.inventory import Inventory
+from polyrex.adapters.registry import TaskVersion
 from polyrex.server.engines.slots import SlotCache
 
 from .conftest import MakeTask
 
+Written = dict[int, TaskVersion]
+
 
 @pytest.fixture
-def slots(random_inventory: Inventory) -> SlotCache:
+def written() -> Written:
+    """What each slot was last given."""
+    return {}
+
+
+@pytest.fixture
+def slots(written: Written) -> SlotCache:
     """Two slots beside the base model's."""
-    return SlotCache(random_inventory, 3, torch.device("cpu"))
+    return SlotCache(3, written.__setitem__)
 
 
-def test_a_slot_holds_its_routing_weights(
-    slots: SlotCache, make_task: MakeTask, random_inventory: Inventory
-) -> None:
+def test_a_slot_is_given_its_task(slots: SlotCache, make_task: MakeTask, written: Written) -> None:
     task = make_task(1)
     slot = slots.acquire(task)
     assert slot
-    assert torch.equal(slots.table.weights[slot], random_inventory.route(task.router.logits))
+    assert written == {slot: task}
+    assert slots.holds(task.info.router_sha256)
 
 
-def test_the_base_models_slot_stays_empty(slots: SlotCache, make_task: MakeTask) -> None:
+def test_the_base_models_slot_stays_empty(
+    slots: SlotCache, make_task: MakeTask, written: Written
+) -> None:
     for seed in range(4):
         slots.acquire(make_task(seed))
         slots.release(make_task(seed))
-    assert not slots.table.weights[0].any()
+    assert set(written) == {1, 2}
+
+
+def test_a_slot_that_could_not_be_written_is_not_lost(make_task: MakeTask) -> None:
+    def fail(slot: int, task: TaskVersion) -> None:
+        raise OSError("no")
+
+    slots = SlotCache(2, fail)
+    for _ in range(3):
+        with pytest.raises(OSError, match="no"):
+            slots.acquire(make_task(1))
+    assert slots.used == 0
 
 
 def test_one_router_has_one_slot(slots: SlotCache, make_task: MakeTask) -> None:
