@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE := 1
 serve: $(BIN)/.installed
 	@$(BIN)/polyrex serve $(ARGS)
 
-# vLLM's CPU build takes about two minutes to start where it compiles; ARGS=--eager is faster.
+# vLLM compiles at its first start, which takes minutes; ARGS=--eager starts without.
 serve-vllm: $(BIN)/.vllm
 	@$(BIN)/polyrex serve --engine vllm --dtype bfloat16 $(ARGS)
 

@@ -78,7 +78,7 @@ def shrink_and_spread(x: Tensor, a: Tensor, weights: Tensor) -> Tensor:
     rank = a.shape[0] // (modules * experts)
     shrunk = F.linear(x, a).view(tokens, modules, experts, rank)
     columns = weights.unsqueeze(-1)
-    # Products and a sum, not bmm: for many tiny matrices it takes two to three times as long.
+    # Products and a sum, not bmm, which is slow on many tiny matrices.
     hidden = (shrunk * columns).sum(2, keepdim=True)  # [T, n, 1, r]
     return (hidden * columns).view(tokens, modules, experts * rank)
 

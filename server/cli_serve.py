@@ -49,7 +49,7 @@ def serve(
     device: Annotated[Device, typer.Option(help="What the model computes on.")] = Launch.device,
     engine: Annotated[EngineName, typer.Option(help="What runs the model.")] = Launch.engine,
     eager: Annotated[
-        bool, typer.Option("--eager", help="vllm: do not compile; starts in a third of the time.")
+        bool, typer.Option("--eager", help="vllm: do not compile; starts sooner.")
     ] = False,
     tensor_parallel: Annotated[
         int, typer.Option(help="vllm: how many ranks share the model.", min=1)

@@ -56,7 +56,7 @@ class VllmConfig:
     """Without, as much as the model was made for."""
     kv_cache_bytes: int = 2 << 30
     eager: bool = False
-    """Run without compiling: starts in a third of the time, generates somewhat slower."""
+    """Run without compiling: starts sooner."""
     tensor_parallel: int = 1
 
 

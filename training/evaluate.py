@@ -186,7 +186,7 @@ def greedy_texts(
         mask[row, width - len(prompt) :] = 1
     base: Any = adapted.model
     # The last positions of a padded batch are strided, for which torch would copy the head's weight
-    # once a row: nine tenths of the time, and gigabytes.
+    # once a row, gigabytes in all.
     handle = base.get_output_embeddings().register_forward_pre_hook(
         lambda _, args: (args[0].contiguous(),)
     )
