@@ -10,7 +10,7 @@ FOLDERS := $(shell find adapters kernels server training -type d -not -name __py
 export POLYREX_CACHE ?= $(CURDIR)/.cache
 export HF_HUB_OFFLINE := 1
 
-.PHONY: serve serve-vllm test bench train clean
+.PHONY: serve serve-vllm test test-vllm-full bench bench-vllm train clean triton-table
 
 serve: $(BIN)/.installed
 	@$(BIN)/polyrex serve $(ARGS)
@@ -26,9 +26,21 @@ test: $(BIN)/.vllm
 	@$(BIN)/mypy --no-error-summary tests
 	@$(BIN)/python -m pytest --quiet --no-header $(ARGS)
 
+# Every method on vLLM with the real base model; writes tests/results/vllm_same_tokens.json.
+test-vllm-full: $(BIN)/.vllm
+	@$(BIN)/python -m pytest --quiet --no-header -m full tests/engines $(ARGS)
+
 # Run on a quiet machine; ends with one line of JSON.
 bench: $(BIN)/.installed
 	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.server.bench --out tests/results/bench.json $(ARGS)
+
+# What every Triton kernel needs of a GPU; compiles without one.
+triton-table: $(BIN)/.vllm
+	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.kernels.triton_compile --out tests/results/triton_resources.md
+
+# Alone on the machine, about 40 minutes; ends with one line of JSON.
+bench-vllm: $(BIN)/.vllm
+	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.server.engines.vllm_bench --out tests/results $(ARGS)
 
 train: $(BIN)/.installed
 	@$(BIN)/polyrex train $(ARGS)

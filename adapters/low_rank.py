@@ -11,7 +11,7 @@ from polyrex.kernels.rank_space import composed_rank_space, rank_space
 from polyrex.kernels.routing import ModuleRouting
 
 from .errors import SpecError
-from .experts import Experts, Operands, normalised_gates
+from .experts import Experts, Operands, Space, normalised_gates
 from .spec import AdapterSpec, TargetModule
 
 
@@ -25,8 +25,8 @@ class RankSpaceExperts(Experts):
     """Experts whose delta is `B_t A_t x`, with A_t and B_t mixed from E experts on S blocks."""
 
     @property
-    def mixed_in_rank_space(self) -> bool:
-        return self.splits(self.spec) == 1
+    def space(self) -> Space | None:
+        return "rank"
 
     @classmethod
     def splits(cls, spec: AdapterSpec) -> int:

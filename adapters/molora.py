@@ -31,6 +31,10 @@ class MoloraExperts(Experts):
         self.lora_b = nn.Parameter(torch.empty(target.d_out, spec.experts * spec.rank))
         self.token_router = nn.Parameter(torch.empty(spec.experts, target.d_in))
 
+    @property
+    def routes_by_token(self) -> bool:
+        return True
+
     def reset(self, generator: torch.Generator) -> None:
         initial_side(self.lora_a, self.target.d_in, generator)
         initial_side(self.token_router, self.target.d_in, generator)

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from polyrex.kernels.routing import ModuleRouting
 
-from .experts import Operands
+from .experts import Operands, Space
 from .spec import AdapterSpec
-from .tensor_product import factor_leaves, factored_expand, factored_shrink
+from .tensor_product import FactoredSide, factor_leaves, factored_expand, factored_shrink
 from .tensorpoly import TensorPoly1Experts
 
 
@@ -23,6 +23,10 @@ class TensorPoly2Experts(TensorPoly1Experts):
 
     method = "tensorpoly-2"
 
+    @property
+    def space(self) -> Space | None:
+        return "leaf"
+
     @classmethod
     def routing_size(cls, spec: AdapterSpec) -> int:
         return spec.order * spec.experts
@@ -32,15 +36,21 @@ class TensorPoly2Experts(TensorPoly1Experts):
         leaves = torch.cat((self.weight_leafs_a.flatten(2), self.weight_leafs_b.flatten(2)), -1)
         return leaves.to(wide), (self.gate / self.spec.rank).to(wide)
 
-    def delta(self, operands: Operands, x: Tensor, routing: ModuleRouting) -> Tensor:
-        leaves, scale = operands  # [N, E, r * (q_in + q_out)], []
+    def sides(self, operands: Operands, weights: Tensor) -> tuple[FactoredSide, FactoredSide]:
+        """Both sides of D tasks' adapters, from their rows of routing weights [D, W]."""
+        leaves, _ = operands  # [N, E, r * (q_in + q_out)]
         order, experts, rank = *leaves.shape[:2], self.spec.rank
-        weights = routing.weights.view(-1, order, experts).transpose(0, 1).to(leaves.dtype)
-        mixed = torch.bmm(weights, leaves)  # [N, D, r * (q_in + q_out)]
+        by_order = weights.view(-1, order, experts).transpose(0, 1).to(leaves.dtype)
+        mixed = torch.bmm(by_order, leaves)  # [N, D, r * (q_in + q_out)]
         split = self.weight_leafs_a[0, 0].numel()
         side_a, side_b = (
-            factor_leaves(side.reshape(order, len(routing.weights), rank, -1), self.spec.norm)
+            factor_leaves(side.reshape(order, len(weights), rank, -1), self.spec.norm)
             for side in (mixed[..., :split], mixed[..., split:])
         )
+        return side_a, side_b
+
+    def delta(self, operands: Operands, x: Tensor, routing: ModuleRouting) -> Tensor:
+        leaves, scale = operands
+        side_a, side_b = self.sides(operands, routing.weights)
         hidden = factored_shrink(x.to(leaves.dtype), side_a.take(routing.rows)) * scale
         return factored_expand(hidden, side_b.take(routing.rows), self.target.d_out).to(x.dtype)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from polyrex.kernels.routing import ModuleRouting
 
 from .errors import SpecError
-from .experts import Experts, Operands
+from .experts import Experts, Operands, Space
 from .low_rank import initial_side
 from .spec import AdapterSpec, TargetModule
 
@@ -41,6 +41,14 @@ class TrexExperts(Experts):
             self.token_router = nn.Parameter(torch.empty(self.routing_size(spec), target.d_in))
             self.omega_raw = nn.Parameter(torch.empty(()))
             self.gate_raw = nn.Parameter(torch.empty(()))
+
+    @property
+    def space(self) -> Space | None:
+        return "pair" if self.spec.form == "static" else None
+
+    @property
+    def routes_by_token(self) -> bool:
+        return self.spec.form != "static"
 
     @classmethod
     def check(cls, spec: AdapterSpec) -> None:

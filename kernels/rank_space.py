@@ -50,7 +50,11 @@ def rank_space(x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     tokens, splits, experts = weights.shape
     rank = a.shape[1] // experts
     if splits == 1:
-        return shrink_and_spread(x, a[0], weights)[:, 0] @ b[0]
+        shrunk = F.linear(x, a[0]).view(tokens, experts, rank)
+        columns = weights.view(tokens, experts, 1)
+        # Products and a sum, not bmm, which is slow on many tiny matrices.
+        hidden = (shrunk * columns).sum(1, keepdim=True)  # [T, 1, r]
+        return (hidden * columns).view(tokens, experts * rank) @ b[0]
     blocks = x.view(tokens, splits, a.shape[2]).transpose(0, 1)  # [S, T, d_in/S]
     shrunk = torch.bmm(blocks, a.transpose(1, 2)).view(splits, tokens, experts, rank)
     by_token = shrunk.permute(1, 0, 2, 3).reshape(tokens, splits * experts, rank)
@@ -58,29 +62,6 @@ def rank_space(x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     spread = torch.bmm(weights.reshape(tokens, splits * experts, 1), hidden)  # [T, S*E, r]
     by_split = spread.view(tokens, splits, experts * rank).transpose(0, 1)
     return torch.bmm(by_split, b).transpose(0, 1).flatten(1)
-
-
-def shrink_and_spread(x: Tensor, a: Tensor, weights: Tensor) -> Tensor:
-    """All of the shared path but the B side, for n modules that read the same x (S = 1).
-
-    Semantics, for each module: `h = sum_e w_e (A_e x)`; the result is `w_e h`, for each e.
-
-    | argument | shape | meaning |
-    |---|---|---|
-    | x | [T, d_in] | tokens |
-    | a | [n*E*r, d_in] | the modules' A sides, module slowest, then expert |
-    | weights | [T, n, E] | routing weights, same dtype as x |
-
-    Returns [T, n, E*r]: what each module's B side [E*r, d_out] is applied to. On the CPU this is
-    faster where `a` lies the other way round in memory, a.t() contiguous.
-    """
-    tokens, modules, experts = weights.shape
-    rank = a.shape[0] // (modules * experts)
-    shrunk = F.linear(x, a).view(tokens, modules, experts, rank)
-    columns = weights.unsqueeze(-1)
-    # Products and a sum, not bmm, which is slow on many tiny matrices.
-    hidden = (shrunk * columns).sum(2, keepdim=True)  # [T, n, 1, r]
-    return (hidden * columns).view(tokens, modules, experts * rank)
 
 
 def composed_rank_space(x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> Tensor:

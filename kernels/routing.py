@@ -12,6 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .plan import SHARED, Plan, Planner, SharedOnly, log_change
+
 
 @dataclass(frozen=True)
 class StepRouting:
@@ -25,6 +27,7 @@ class StepRouting:
     rows: Tensor  # [T] int64, which of the D each token uses
     dtype: torch.dtype
     run: int = 1
+    plan: Plan = SHARED
 
     # Cut into modules by one unbind: the gradient of indexing one module would be a tensor of all.
     @cached_property
@@ -47,6 +50,14 @@ class StepRouting:
         """M times [T / run, W] in the compute dtype: the row of each run."""
         rows = self.rows[:: self.run]
         return self.weights.to(self.dtype).index_select(0, rows).unbind(1)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """[T] int64: where each token's task has its state, by the plan; -1 for the base model."""
+        by_row = torch.full((len(self.weights),), -1, device=self.rows.device)
+        for row, entry in self.plan.entries:
+            by_row[row] = entry.place
+        return by_row[self.rows]
 
     def module(self, index: int) -> ModuleRouting:
         """The part that target module number `index` reads."""
@@ -91,12 +102,16 @@ class RoutingTable:
         width: int,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        planner: Planner | None = None,
     ) -> None:
+        self._planner = planner or SharedOnly()
+        self._last = SHARED
         self.weights = torch.zeros(slots, modules, width, device=device, dtype=dtype)
 
     def write(self, slot: int, weights: Tensor) -> None:
         """Fill one row with M * W `weights`. Slot 0 stays zero: it is what base requests read."""
         assert slot > 0, "slot 0 is the base model"
+        self._planner.forget(slot)
         self.weights[slot].copy_(weights.view(self.weights.shape[1:]))
 
     def step(self, slots: Sequence[int], dtype: torch.dtype) -> StepRouting | None:
@@ -111,4 +126,7 @@ class RoutingTable:
         device = self.weights.device
         rows = torch.tensor([position[slot] for slot in slots], device=device)
         weights = self.weights[torch.tensor(distinct, device=device)].float()
-        return StepRouting(weights, rows, dtype)
+        plan = self._planner.plan(slots, position)
+        log_change(self._last, plan)
+        self._last = plan
+        return StepRouting(weights, rows, dtype, plan=plan)

@@ -1,9 +1,9 @@
 """`make bench`: what adapters cost, and what many tasks cost. The last line is one JSON document.
 
 Two parts. In this process, the embedded engine alone: 32 requests at once of 17 prompt tokens and
-32 new ones, first without adapters, then all of one task, then of 32 tasks, then transformers' own
-continuous batching of the base model, in turn, round after round; ratios are taken within a round
-and their median is reported. Against a server process, over
+32 new ones, first without adapters, then all of one task (composed, and on the shared path), then
+of 32 tasks, then transformers' own continuous batching of the base model, in turn, round after
+round; ratios are taken within a round and their median is reported. Against a server process, over
 HTTP: how long a task just registered takes for its first token and for its tenth, and how much the
 process grows by 10,000 registered tasks.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import platform
@@ -21,9 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ import psutil
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+from polyrex.adapters.attach import AdaptedModel
 from polyrex.adapters.base_model import DEFAULT_BASE, load_base, load_tokenizer, resolve_base
 from polyrex.adapters.inventory import Inventory, load_experts, read_inventory
 from polyrex.adapters.registry import TaskInfo, TaskVersion
@@ -40,6 +42,7 @@ from polyrex.adapters.router_file import Router, RouterMetadata, router_bytes
 from .config import Dtype, EngineConfig, Launch
 from .engines.base import GenerationRequest, SamplingParams
 from .engines.embedded import EmbeddedEngine
+from .engines.passing_thread import in_passing_thread
 from .loading import shipped_inventory
 
 REQUESTS, PROMPT_TOKENS, NEW_TOKENS = 32, 17, 32
@@ -62,27 +65,35 @@ def random_task(inventory: Inventory, seed: int) -> TaskVersion:
 def throughput(inventory: Inventory, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     """Tokens a second without adapters, with one task and with 32, and the ratios of the rounds."""
     path = resolve_base(DEFAULT_BASE)
-    model, tokenizer = load_base(path, dtype), load_tokenizer(path)
-    engine = EmbeddedEngine(load_experts(inventory, model), model, inventory, EngineConfig())
-    prompt = tuple(tokenizer.encode(PROMPT))[:PROMPT_TOKENS]
+    prompt = tuple(load_tokenizer(path).encode(PROMPT))[:PROMPT_TOKENS]
     assert len(prompt) == PROMPT_TOKENS
+    plain, adapted = in_passing_thread(
+        lambda: (load_base(path, dtype), load_experts(inventory, load_base(path, dtype)))
+    )
     tasks = [random_task(inventory, seed) for seed in range(REQUESTS)]
-    mixes: dict[str, list[TaskVersion | None]] = {
-        "base": [None] * REQUESTS,
-        "one_task": [tasks[0]] * REQUESTS,
-        "distinct32": list(tasks),
-    }
+    default, shared = EngineConfig(), EngineConfig(state_bytes=0)
+    mixes: tuple[tuple[str, EngineConfig, list[TaskVersion | None]], ...] = (
+        ("base", default, [None] * REQUESTS),
+        ("one_task", default, [tasks[0]] * REQUESTS),
+        ("distinct32", default, list(tasks)),
+        ("one_task_shared", shared, [tasks[0]] * REQUESTS),
+    )
 
     async def measure() -> dict[str, list[float]]:
-        await engine.start()
-        rates: dict[str, list[float]] = {name: [] for name in (*mixes, "transformers")}
-        with transformers_batching(load_base(path, dtype)) as transformers_rate:
-            for number in range(rounds + 1):
-                found = {n: await _tokens_per_second(engine, prompt, m) for n, m in mixes.items()}
-                found["transformers"] = await asyncio.to_thread(transformers_rate, prompt)
-                for name, rate in found.items() if number else ():  # the first round warms up
-                    rates[name].append(rate)
-        await engine.stop()
+        rates: dict[str, list[float]] = {
+            name: [] for name in (*(m[0] for m in mixes), "transformers")
+        }
+        # One engine at a time: their threads would be in each other's way.
+        for _ in range(rounds):
+            for config, of_config in itertools.groupby(mixes, lambda mix: mix[1]):
+                async with running(adapted, inventory, config) as engine:
+                    await _tokens_per_second(engine, prompt, list(tasks))  # warms up
+                    for name, _, mix in of_config:
+                        rates[name].append(await _tokens_per_second(engine, prompt, mix))
+            with transformers_batching(plain) as transformers_rate:
+                for last in (False, True):
+                    rate = await asyncio.to_thread(transformers_rate, prompt)
+                    rates["transformers"] += [rate] * last
         return rates
 
     rates = asyncio.run(measure())
@@ -90,9 +101,22 @@ def throughput(inventory: Inventory, dtype: torch.dtype, rounds: int) -> dict[st
         "tokens_per_second": {name: round(statistics.median(r), 1) for name, r in rates.items()},
         "adapted_vs_base_distinct32": _median_ratio(rates["distinct32"], rates["base"]),
         "adapted_vs_base_one_task": _median_ratio(rates["one_task"], rates["base"]),
-        "distinct32_vs_one_task": _median_ratio(rates["distinct32"], rates["one_task"]),
+        "distinct32_vs_one_task": _median_ratio(rates["distinct32"], rates["one_task_shared"]),
         "base_vs_transformers": _median_ratio(rates["base"], rates["transformers"]),
     }
+
+
+@asynccontextmanager
+async def running(
+    adapted: AdaptedModel, inventory: Inventory, config: EngineConfig
+) -> AsyncIterator[EmbeddedEngine]:
+    """An embedded engine, started, and stopped at the end."""
+    engine = in_passing_thread(lambda: EmbeddedEngine(adapted, adapted.model, inventory, config))
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
 
 
 @contextmanager
@@ -148,13 +172,15 @@ async def _tokens_per_second(
 
 
 @contextmanager
-def server_process(inventory: Path, folder: Path) -> Iterator[tuple[httpx.Client, psutil.Process]]:
-    """`polyrex serve` with its defaults, when it is ready."""
+def server_process(
+    inventory: Path, folder: Path, *options: str
+) -> Iterator[tuple[httpx.Client, psutil.Process]]:
+    """`polyrex serve` with its defaults but for `options`, when it is ready."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [str(Path(sys.executable).with_name("polyrex")), "serve", "--port", str(port)]
-    command += ["--inventory", str(inventory), "--tasks-dir", str(folder)]
+    command += ["--inventory", str(inventory), "--tasks-dir", str(folder), *options]
     with (
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False) as client,
         subprocess.Popen(command, stdout=subprocess.DEVNULL) as popen,

@@ -20,6 +20,7 @@ COMMANDS = {
     "adapt": "polyrex.training.cli",
     "evaluate": "polyrex.training.cli",
     "params": "polyrex.server.cli_params",
+    "plan": "polyrex.server.cli_plan",
 }
 
 

@@ -39,6 +39,9 @@ class EngineConfig:
     """Most requests that generate at the same time; further ones wait."""
     slots: int = 1024
     """Rows of the routing table: most different task versions in use at the same time."""
+    state_bytes: int = 512 << 20
+    """What may be kept of single tasks in use, such as their composed adapters; with 0, rank-space
+    methods run every step with the whole inventory."""
     kv_cache_tokens: int = 16384
     """Tokens whose keys and values fit in the cache, of all running requests together. Allocated
     at start: for SmolLM2-135M 23 KB a token in bfloat16, 46 KB in float32."""
@@ -54,6 +57,8 @@ class VllmConfig:
     """Rows of the routing table: most different task versions in use at the same time."""
     max_context: int | None = None
     """Without, as much as the model was made for."""
+    state_bytes: int = 512 << 20
+    """As in EngineConfig, on every rank."""
     kv_cache_bytes: int = 2 << 30
     eager: bool = False
     """Run without compiling: starts sooner."""

@@ -19,6 +19,7 @@ from polyrex.adapters.registry import TaskRegistry
 from .app import create_app
 from .config import Device, Dtype, EngineName, Launch, ServerConfig
 from .engines.base import Engine
+from .engines.passing_thread import in_passing_thread
 from .errors import StartError
 from .progress import Progress
 
@@ -58,9 +59,12 @@ def load(launch: Launch, progress: Progress) -> Loaded:
 def _embedded(launch: Launch, base: str, inventory: Inventory) -> Engine:
     from .engines.embedded import EmbeddedEngine
 
-    model = load_base(base, _DTYPES[launch.dtype], _device(launch.device))
-    adapted = load_experts(inventory, model)
-    return EmbeddedEngine(adapted, model, inventory, launch.engine_config)
+    def make() -> Engine:
+        model = load_base(base, _DTYPES[launch.dtype], _device(launch.device))
+        adapted = load_experts(inventory, model)
+        return EmbeddedEngine(adapted, model, inventory, launch.engine_config)
+
+    return in_passing_thread(make)
 
 
 def _vllm(launch: Launch, base: str, inventory: Inventory) -> Engine:

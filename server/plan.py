@@ -121,7 +121,8 @@ def _check_prompt(services: Services, ids: Sequence[int], max_tokens: int, param
             f"{services.tokenizer.vocabulary_size}",
             param,
         )
-    if len(ids) + max_tokens > services.engine.context_length:
+    # Engines draw one token where none is wanted, and drop it.
+    if len(ids) + max(1, max_tokens) > services.engine.context_length:
         raise InvalidRequest(
             f"{param} has {len(ids)} tokens and asks for {max_tokens} more; "
             f"the model's context holds {services.engine.context_length}",

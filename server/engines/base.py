@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from polyrex.adapters.registry import TaskVersion
+from polyrex.server.errors import EngineError
 
 FinishReason = Literal["stop", "length"]
 
@@ -41,6 +42,23 @@ class GenerationRequest:
     prompt: tuple[int, ...]
     sampling: SamplingParams
     task: TaskVersion | None = None
+
+    def check(self, vocabulary: int, context_length: int) -> None:
+        """Refuse what would hurt others in the batch, or never end: raises EngineError.
+
+        `vocabulary` and `context_length` are tokens. A request that wants no completion takes
+        the place of one token all the same: engines draw it, and drop it.
+        """
+        prompt, wanted = self.prompt, max(1, self.sampling.max_tokens)
+        if not prompt:
+            raise EngineError("the prompt has no tokens")
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            raise EngineError(f"prompt token ids must be from 0 to {vocabulary - 1}")
+        if len(prompt) + wanted > context_length:
+            raise EngineError(
+                f"prompt and completion have {len(prompt)} + {wanted} tokens, "
+                f"the engine holds {context_length}"
+            )
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,10 @@ class EmbeddedEngine:
         self._table: RoutingTable | None = None
         self._slots: SlotCache | None = None
         if inventory is not None:
-            table = RoutingTable(config.slots, *inventory.table_shape, self._device)
+            planner = None if adapted is None else adapted.serve(self._dtype, config.state_bytes)
+            table = RoutingTable(
+                config.slots, *inventory.table_shape, self._device, planner=planner
+            )
             self._table, self._slots = (
                 table,
                 SlotCache(
@@ -114,8 +117,6 @@ class EmbeddedEngine:
         return self._context_length
 
     async def start(self) -> None:
-        if self._adapted is not None:
-            await asyncio.to_thread(self._adapted.prepare, self._dtype)
         self._down = None
         self._thread.start()
         await warm_up(self, self._inventory)
@@ -143,7 +144,9 @@ class EmbeddedEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         self.check()
-        self._check_request(request)
+        request.check(self._vocabulary, self._context_length)
+        if request.task is not None and self._inventory is None:
+            raise EngineError("the engine has no inventory, so it serves no tasks")
         generation = Generation(request, asyncio.get_running_loop())
         self._inbox.put(generation)
         self.check()  # again: a thread that ended in between has not seen it
@@ -158,21 +161,6 @@ class EmbeddedEngine:
         finally:
             if not over:
                 self._inbox.put(_Abort(generation))
-
-    def _check_request(self, request: GenerationRequest) -> None:
-        """What would hurt others in the batch, or never end, is refused."""
-        prompt, wanted = request.prompt, request.sampling.max_tokens
-        if not prompt:
-            raise EngineError("the prompt has no tokens")
-        if min(prompt) < 0 or max(prompt) >= self._vocabulary:
-            raise EngineError(f"prompt token ids must be from 0 to {self._vocabulary - 1}")
-        if len(prompt) + wanted > self._context_length:
-            raise EngineError(
-                f"prompt and completion have {len(prompt)} + {wanted} tokens, "
-                f"the engine holds {self._context_length}"
-            )
-        if request.task is not None and self._inventory is None:
-            raise EngineError("the engine has no inventory, so it serves no tasks")
 
     # The engine's thread, from here on.
 

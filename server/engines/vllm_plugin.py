@@ -8,7 +8,7 @@ inventory, and answers with rows of the routing table: an adapter's id is its sl
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,15 @@ from polyrex.adapters.errors import BaseModelMismatch
 from polyrex.adapters.experts import Experts
 from polyrex.adapters.inventory import Inventory, read_experts, read_inventory
 from polyrex.adapters.routed_linear import RoutingContext
+from polyrex.adapters.serving import ServedLayer, Slice, make_planner, serve_layer
 from polyrex.kernels.routing import RoutingTable
 
-from .vllm_layers import RoutedLayer, Slice, install, register_operator
+from .vllm_layers import RoutedLayer, install, register_operator
 
 logger = logging.getLogger(__name__)
 
 CONFIG_KEY = "polyrex"
-"""Under this key of vLLM's `additional_config`: {"inventory": path, "sha256": its id}."""
+"""Under this key of vLLM's `additional_config`: the inventory's path, its sha256, state_bytes."""
 
 
 def register() -> None:
@@ -69,9 +70,10 @@ class RouterManager:
         self._dtype = vllm_config.model_config.dtype
         self._layers = vllm_config.compilation_config.static_forward_context
         self._context = RoutingContext()
-        slots = 1 + vllm_config.lora_config.max_loras  # row 0 is the base model
-        self._table = RoutingTable(slots, *inventory.table_shape, device, self._dtype)
+        self._slots = 1 + vllm_config.lora_config.max_loras  # row 0 is the base model
+        self._state_bytes: int = vllm_config.additional_config[CONFIG_KEY]["state_bytes"]
         self._device = device
+        self._table: RoutingTable
 
     def create_lora_manager(self, model: nn.Module, vllm_config: Any) -> nn.Module:
         """Give the inventory's target modules their adapters.
@@ -80,16 +82,28 @@ class RouterManager:
         """
         inventory = self._inventory
         inventory.base.check(identify(model), str(inventory.path))
-        experts = {e.target.name: (i, e) for i, e in enumerate(read_experts(inventory))}
+        everyone = read_experts(inventory)
+        experts = {each.target.name: (i, each) for i, each in enumerate(everyone)}
+        served: list[ServedLayer] = []
         packed: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
         for name, layer in model.named_modules():
             if isinstance(layer, LinearBase):
                 found = list(_slices(name, layer, packed, experts, self._device))
                 if found:
-                    install(layer, RoutedLayer(found, self._context, self._dtype), self._layers)
+                    served.append(serve_layer(found, self._dtype, self._device))
+                    gathered = layer.tp_size if _gathers(layer, found[0].experts) else 1
+                    routed = RoutedLayer(served[-1], self._context, gathered)
+                    install(layer, routed, self._layers)
         if experts:
             missing = ", ".join(sorted(experts)[:3])
             raise BaseModelMismatch(f"{inventory.path}: vLLM's model has no {missing}")
+        self._table = RoutingTable(
+            self._slots,
+            *inventory.table_shape,
+            self._device,
+            self._dtype,
+            make_planner(served, everyone[0], self._state_bytes),
+        )
         return model
 
     def write(self, slot: int, row: Tensor) -> None:
@@ -152,10 +166,9 @@ def _slices(
     """The target modules inside of a layer, taken out of `experts`."""
     parent, _, last = name.rpartition(".")
     rank, ranks = layer.tp_rank, layer.tp_size
-    begin = 0
     modules = packed.get(last, [last])
-    sizes = getattr(layer, "output_partition_sizes", None) or [layer.output_size]
-    for module, size in zip(modules, sizes, strict=len(modules) > 1):
+    begin = 0
+    for module, size in zip(modules, _sizes(layer, modules), strict=True):
         index, found = experts.pop(f"{parent}.{module}", (0, None))
         columns = slice(begin, begin + size)
         begin += size
@@ -164,10 +177,30 @@ def _slices(
         target = found.target
         inputs, outputs = slice(0, target.d_in), slice(0, target.d_out)
         if isinstance(layer, RowParallelLinear):
-            inputs = _shard(target.d_in, target.d_in // ranks, rank, ranks)
+            if not _gathers(layer, found):
+                inputs = _shard(target.d_in, target.d_in // ranks, rank, ranks)
         else:
             outputs = _shard(target.d_out, size, rank, ranks)
         yield Slice(index, found.to(device), columns, inputs, outputs)
+
+
+def _gathers(layer: LinearBase, experts: Experts) -> bool:
+    """Whether adapters need the inputs that other ranks have: sums over ranks do only if linear."""
+    return isinstance(layer, RowParallelLinear) and experts.routes_by_token
+
+
+def _sizes(layer: LinearBase, modules: Sequence[str]) -> list[int]:
+    """How many of a layer's outputs on this rank belong to each of the modules packed in it."""
+    sizes: list[int] = layer.output_partition_sizes
+    if len(modules) > 1 or len(sizes) == 1:
+        return sizes
+    # The checkpoint itself has them in one: a rank holds several pieces of that one.
+    if layer.tp_size > 1:
+        raise BaseModelMismatch(
+            f"{layer.prefix}: its projections are one in the checkpoint, "
+            f"which tensor parallelism cannot serve with adapters"
+        )
+    return [sum(sizes)]
 
 
 def _shard(whole: int, size: int, rank: int, ranks: int) -> slice:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -22,11 +23,14 @@ from polyrex.server.config import EngineConfig
 from polyrex.server.engines.base import Engine, GenerationRequest, SamplingParams, Token
 from polyrex.server.engines.embedded import EmbeddedEngine
 
+from .small_model import write_small_model
+
 if TYPE_CHECKING:
     from tests.conftest import MakeRouter
 
 MakeTask = Callable[[int], TaskVersion]
 MakeEngine = Callable[..., EmbeddedEngine]
+Asked = tuple[tuple[int, ...], TaskVersion | None]
 
 GREEDY = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
 SMALL = EngineConfig(kv_cache_tokens=2048, slots=64)
@@ -93,6 +97,15 @@ async def complete(
     return answer
 
 
+async def at_once(
+    engine: Engine, requests: Sequence[Asked], sampling: SamplingParams = GREEDY
+) -> list[Answer]:
+    """Run many requests to their ends, in the same batches."""
+    return await asyncio.gather(
+        *(complete(engine, tokens, task, sampling) for tokens, task in requests)
+    )
+
+
 @asynccontextmanager
 async def started(engine: EmbeddedEngine) -> AsyncIterator[EmbeddedEngine]:
     """A running engine, stopped at the end."""
@@ -101,6 +114,14 @@ async def started(engine: EmbeddedEngine) -> AsyncIterator[EmbeddedEngine]:
         yield engine
     finally:
         await engine.stop()
+
+
+@pytest.fixture(scope="session")
+def small_base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a small random model."""
+    folder: Path = tmp_path_factory.mktemp("small")
+    write_small_model(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

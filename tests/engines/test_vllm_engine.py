@@ -1,77 +1,33 @@
-"""The vLLM engine, the real one, against the embedded engine: greedy, float32, mixed batches."""
+"""The vLLM engine on the real base model against the embedded engine: float32, mixed batches."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from polyrex.adapters.inventory import Inventory
 from polyrex.adapters.registry import TaskVersion
-from polyrex.server.config import VllmConfig
-from polyrex.server.engines.base import Engine, GenerationRequest, SamplingParams
+from polyrex.server.engines.base import SamplingParams
 from polyrex.server.engines.embedded import EmbeddedEngine
-from polyrex.server.engines.vllm_engine import VllmEngine, check_version
-from polyrex.server.errors import EngineStopped, StartError
+from polyrex.server.engines.vllm_engine import check_version
+from polyrex.server.errors import StartError
 
-from .conftest import Answer, MakeTask, complete, prompt
+from .conftest import MakeTask, at_once, prompt
+from .running_vllm import Running, running_vllm
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 TASKS, PROMPTS = 8, 20
-Asked = tuple[tuple[int, ...], TaskVersion | None]
-
-
-class Running:
-    """A started engine with the event loop that it lives in."""
-
-    def __init__(self, engine: VllmEngine, runner: asyncio.Runner) -> None:
-        self.engine = engine
-        self._runner = runner
-
-    def answers(
-        self,
-        requests: Sequence[Asked],
-        sampling: SamplingParams = GREEDY,
-    ) -> list[Answer]:
-        """All at once."""
-        return self._runner.run(at_once(self.engine, requests, sampling))
-
-    def abandon(self, tokens: tuple[int, ...], task: TaskVersion) -> None:
-        """Go away after the first token of a long completion."""
-
-        async def run() -> None:
-            sampling = SamplingParams(max_tokens=500, temperature=0.0, ignore_eos=True)
-            request = GenerationRequest("abandoned", tokens, sampling, task)
-            async with aclosing(self.engine.generate(request)) as chunks:
-                async for _ in chunks:
-                    return
-
-        self._runner.run(run())
-
-
-async def at_once(
-    engine: Engine,
-    requests: Sequence[Asked],
-    sampling: SamplingParams = GREEDY,
-) -> list[Answer]:
-    return await asyncio.gather(
-        *(complete(engine, tokens, task, sampling) for tokens, task in requests)
-    )
 
 
 @pytest.fixture(scope="module")
 def vllm(base_path: str, random_inventory: Inventory) -> Iterator[Running]:
-    """Five slots beside the base model's, so that they change hands."""
-    config = VllmConfig(eager=True, max_context=1024, slots=6, kv_cache_bytes=1 << 29)
-    with asyncio.Runner() as runner:
-        engine = VllmEngine(base_path, random_inventory, config, "float32")
-        runner.run(engine.start())
-        yield Running(engine, runner)
-        runner.run(engine.stop())
-    with pytest.raises(EngineStopped):
-        engine.check()
+    with running_vllm(
+        base_path, random_inventory, max_batch_tokens=256, kv_cache_bytes=1 << 29
+    ) as running:
+        yield running
 
 
 def test_same_tokens_as_the_embedded_engine(
@@ -79,30 +35,16 @@ def test_same_tokens_as_the_embedded_engine(
 ) -> None:
     tasks: list[TaskVersion | None] = [None, *(make_task(seed) for seed in range(TASKS))]
     requests = [(prompt(number), task) for number in range(PROMPTS) for task in tasks]
-    found = vllm.answers(requests)
-    expected = asyncio.run(at_once(engine, requests))
+    found = vllm.answers(requests, GREEDY)
+    expected = asyncio.run(at_once(engine, requests, GREEDY))
     assert [answer.ids for answer in found] == [answer.ids for answer in expected]
     assert vllm.engine.stats().slots_used == 0
-
-
-def test_prefix_cache_tells_tasks_and_versions_apart(
-    vllm: Running, engine: EmbeddedEngine, make_task: MakeTask
-) -> None:
-    shared = prompt(1, 200)  # many whole blocks of the cache
-    first, second, changed = (make_task(seed) for seed in (21, 22, 23))
-    requests = [(shared, t) for t in (first, second, None, changed, first, None, second)]
-    found = [vllm.answers([request])[0].ids for request in requests]
-    expected = asyncio.run(at_once(engine, requests))
-    assert found == [answer.ids for answer in expected]
-    assert len(set(found)) > 2
 
 
 def test_log_probabilities_are_those_of_the_embedded_engine(
     vllm: Running, engine: EmbeddedEngine, make_task: MakeTask
 ) -> None:
-    sampling = SamplingParams(
-        max_tokens=3, temperature=0.0, ignore_eos=True, logprobs=2, prompt_logprobs=1
-    )
+    sampling = replace(GREEDY, max_tokens=3, logprobs=2, prompt_logprobs=1)
     requests = [(prompt(3), make_task(1))]
     (found,) = vllm.answers(requests, sampling)
     (expected,) = asyncio.run(at_once(engine, requests, sampling))
@@ -116,10 +58,17 @@ def test_log_probabilities_are_those_of_the_embedded_engine(
         assert [id for id, _ in one.top] == [id for id, _ in other.top]
 
 
+def test_a_seed_repeats_whichever_it_is(vllm: Running, make_task: MakeTask) -> None:
+    for seed in (-1, 0, 2**63 - 1, -(2**63)):
+        sampling = SamplingParams(max_tokens=8, temperature=1.5, seed=seed, ignore_eos=True)
+        first, second = vllm.answers([(prompt(5), make_task(1))] * 2, sampling)
+        assert first.ids == second.ids
+
+
 def test_abandoned_request_gives_its_slot_back(vllm: Running, make_task: MakeTask) -> None:
     vllm.abandon(prompt(4), make_task(31))
     assert vllm.engine.stats().slots_used == 0
-    assert vllm.answers([(prompt(4), make_task(31))])[0].finish_reason == "length"
+    assert vllm.answers([(prompt(4), make_task(31))], GREEDY)[0].finish_reason == "length"
 
 
 def test_unsupported_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

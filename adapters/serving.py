@@ -1,0 +1,192 @@
+"""Adapters as engines run them: frozen, prepared once, added to a layer's output in place.
+
+An engine's layer may hold several target modules side by side (packed projections) and only a part
+of each (tensor parallelism). Where a compiled operator has the method's formula it is used; the
+method's own `delta` is the twin, and what runs otherwise.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from polyrex.kernels.compiled import why_not_compiled
+from polyrex.kernels.factored_layer import RANK, FactoredLayer, FactoredModule, FactoredSides
+from polyrex.kernels.plan import Kept, OwnStates, Planner, SharedOnly, SharedOrComposed
+from polyrex.kernels.rank_space_layer import LayerModule, PairSpaceLayer, RankSpaceLayer
+from polyrex.kernels.routing import StepRouting
+
+from .errors import TensorMismatch
+from .experts import Experts, Operands
+from .tensorpoly_2 import TensorPoly2Experts
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A target module as one layer of an engine sees it.
+
+    `columns` are its outputs among the layer's; `inputs` and `outputs` are what is here of the
+    module's own: all of them, but for the dimension that tensor parallelism cuts.
+    """
+
+    index: int
+    experts: Experts
+    columns: slice
+    inputs: slice
+    outputs: slice
+
+    @classmethod
+    def whole(cls, index: int, experts: Experts) -> Slice:
+        """A module that is a layer by itself."""
+        inputs, outputs = slice(0, experts.target.d_in), slice(0, experts.target.d_out)
+        return cls(index, experts, outputs, inputs, outputs)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing of the module is elsewhere."""
+        here = self.inputs.stop - self.inputs.start, self.outputs.stop - self.outputs.start
+        return here == (self.experts.target.d_in, self.experts.target.d_out)
+
+
+class ServedLayer(Protocol):
+    """The adapters of one layer of an engine."""
+
+    @property
+    def state_bytes(self) -> int:
+        """What the layer keeps for one task, in bytes."""
+
+    def add_(self, y: Tensor, x: Tensor, step: StepRouting) -> None:
+        """Add the adapters' part for x [T, d_in] to y [T, d], in place."""
+
+
+class DeltaLayer:
+    """Every module's own `delta`, one after the other."""
+
+    state_bytes = 0
+
+    def __init__(self, slices: Sequence[Slice], dtype: torch.dtype) -> None:
+        self._slices = [(part, frozen_operands(part.experts, dtype)) for part in slices]
+
+    def add_(self, y: Tensor, x: Tensor, step: StepRouting) -> None:
+        """Add the adapters' part for x [T, d_in] to y [T, d], in place."""
+        for part, operands in self._slices:
+            # Inputs that are elsewhere are 0 here: the formula is linear, and ranks are summed.
+            missing = part.experts.target.d_in - x.shape[1]
+            whole = F.pad(x, (part.inputs.start, missing - part.inputs.start)) if missing else x
+            delta = part.experts.delta(operands, whole, step.module(part.index))
+            y[:, part.columns] += delta[:, part.outputs]
+
+
+def serve_layer(slices: Sequence[Slice], dtype: torch.dtype, device: torch.device) -> ServedLayer:
+    """Freeze the experts of one layer's modules, all of one method, for products in `dtype`.
+
+    Raises TensorMismatch where `dtype` cannot hold them.
+    """
+    space, (path, _) = slices[0].experts.space, choose_path(slices, dtype, device)
+    if path == "delta":
+        return DeltaLayer(slices, dtype)
+    if space == "leaf":
+        return FactoredLayer([_factored(part) for part in slices])
+    modules = [_module(part, dtype) for part in slices]
+    if path == "triton":
+        from polyrex.kernels.triton_layers import TritonPairSpaceLayer, TritonRankSpaceLayer
+
+        return TritonPairSpaceLayer(modules) if space == "pair" else TritonRankSpaceLayer(modules)
+    if space == "pair":
+        return PairSpaceLayer(modules)
+    experts = slices[0].experts
+    return RankSpaceLayer(modules, experts.spec.experts, experts.table_size(experts.spec))
+
+
+Path = Literal["compiled", "triton", "delta"]
+
+
+def choose_path(
+    slices: Sequence[Slice], dtype: torch.dtype, device: torch.device
+) -> tuple[Path, str]:
+    """What a layer's adapters run on, and why: operators compiled for the CPU, Triton, or PyTorch.
+
+    All slices are of one method.
+    """
+    experts = slices[0].experts
+    spec, space = experts.spec, experts.space
+    if space is None:
+        return "delta", f"{spec.method} has no kernel: what it does depends on every token"
+    if device.type == "cuda":
+        if find_spec("triton") is None:
+            return "delta", "triton is not installed"
+        if space == "leaf" or (experts.table_size(spec) > spec.experts and space == "rank"):
+            return "delta", f"{spec.method} has no layer on the Triton kernels"
+        return "triton", f"{space} space on the GPU"
+    if device.type != "cpu":
+        return "delta", f"there are kernels for CPU and CUDA, not for {device.type}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return "delta", f"the compiled operators take float32 and bfloat16, not {dtype}"
+    if space == "leaf" and spec.rank > RANK:
+        return "delta", f"the compiled operator takes ranks up to {RANK}, not {spec.rank}"
+    if space == "leaf" and not all(part.is_whole for part in slices):
+        return "delta", "the compiled operator takes whole modules"
+    if reason := why_not_compiled():
+        return "delta", reason
+    return "compiled", f"{space} space on the CPU"
+
+
+def make_planner(layers: Sequence[ServedLayer], experts: Experts, state_bytes: int) -> Planner:
+    """What decides how steps run over these layers; says once what it may choose from.
+
+    `state_bytes` is what layers may take for what they make of single tasks.
+    """
+    state = sum(layer.state_bytes for layer in layers)
+    if not state:
+        return SharedOnly()
+    kept = Kept(state_bytes // state)
+    logger.info(
+        "%s: up to %d tasks kept ready, %.1f MB each", experts.method, kept.capacity, state / 1e6
+    )
+    if experts.space == "leaf":
+        return OwnStates(kept)
+    return SharedOrComposed(kept, experts.spec.experts)
+
+
+def frozen_operands(experts: Experts, dtype: torch.dtype) -> Operands:
+    """What the products read. Raises TensorMismatch where `dtype` cannot hold it."""
+    with torch.no_grad():
+        operands = tuple(t.contiguous() for t in experts.operands(dtype))
+    if not all(torch.isfinite(operand).all() for operand in operands):
+        name = experts.target.name
+        raise TensorMismatch(f"target module {name}: the experts are not finite in {dtype}")
+    return operands
+
+
+def _module(part: Slice, dtype: torch.dtype) -> LayerModule:
+    a, b = frozen_operands(part.experts, dtype)
+    if part.experts.space == "pair":
+        a, b = a.unsqueeze(0), b.t().unsqueeze(0)
+    return LayerModule(part.index, a, b, part.inputs, part.outputs, part.columns.start)
+
+
+def _factored(part: Slice) -> FactoredModule:
+    experts = part.experts
+    assert isinstance(experts, TensorPoly2Experts)
+    width = experts.table_size(experts.spec)
+    derive = _leaves(experts, frozen_operands(experts, torch.float32))
+    return FactoredModule(part.index, width, experts.target.d_out, part.columns.start, derive)
+
+
+def _leaves(experts: TensorPoly2Experts, operands: Operands) -> Callable[[Tensor], FactoredSides]:
+    def derive(weights: Tensor) -> FactoredSides:
+        a, b = experts.sides(operands, weights)
+        scale = operands[1]
+        shift = None if b.shift is None else b.shift * scale
+        return FactoredSides(a.first, a.second, a.shift, b.first * scale, b.second, shift)
+
+    return derive

@@ -1,0 +1,124 @@
+"""Adapters whose sides are tensor products of a task's own leaves, on the compiled operator.
+
+The operator, `torch.ops.polyrex.factored_add_` (source: factored.cpp), takes every task's leaves as
+one row of floats: for the A side first [p, 16], second [q, 16], shift [16], for the B side
+first [p', 16], second [16, q' rounded up to 16], shift [16]. It computes, for each token,
+`h_k = first_k^T X second_k - shift_k sum(X)` with X = x in rows of q, and adds
+`sum_k h_k (first_k (x) second_k - shift_k)` to y. Neither A nor B exists at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .plan import Plan
+from .routing import StepRouting
+
+RANK = 16
+"""The most rank rows that the operator holds in a register."""
+
+
+@dataclass(frozen=True)
+class FactoredSides:
+    """Both sides of D tasks' adapters, every scale folded in; shifts are None where there are none.
+
+    a_first [D, r, p], a_second [D, r, q], a_shift [D, 1]; the same for b.
+    """
+
+    a_first: Tensor
+    a_second: Tensor
+    a_shift: Tensor | None
+    b_first: Tensor
+    b_second: Tensor
+    b_shift: Tensor | None
+
+
+@dataclass(frozen=True)
+class FactoredModule:
+    """A whole target module: where its outputs lie in the layer's, and how its leaves are made.
+
+    `derive` takes rows of its routing weights, [D, W] float32.
+    """
+
+    index: int
+    width: int  # W
+    d_out: int
+    column: int
+    derive: Callable[[Tensor], FactoredSides]
+
+
+class FactoredLayer:
+    """`y_t += B_t A_t x_t` for every module of a layer, with the leaves of each token's task."""
+
+    def __init__(self, modules: list[FactoredModule]) -> None:
+        self._modules = modules
+        self._states: list[Tensor] = []
+        self._sizes: list[list[int]] = []
+        for module in modules:
+            empty = module.derive(torch.zeros(1, module.width))
+            self._states.append(_state(empty)[:0])
+            sides = (empty.a_first, empty.a_second, empty.b_first, empty.b_second)
+            self._sizes.append([side.shape[-1] for side in sides])
+        self._keys: dict[int, object] = {}
+        self._ready: Plan | None = None
+
+    @property
+    def state_bytes(self) -> int:
+        """What the leaves of one task take."""
+        return sum(4 * states.shape[1] for states in self._states)
+
+    def add_(self, y: Tensor, x: Tensor, step: StepRouting) -> None:
+        """Add the adapters' part for x [T, d_in] to y [T, d], in place."""
+        if step.plan is not self._ready:
+            self._derive(step)
+        for module, states, sizes in zip(self._modules, self._states, self._sizes, strict=True):
+            part = y[:, module.column : module.column + module.d_out]
+            torch.ops.polyrex.factored_add_(part, x, states, step.places, sizes)
+
+    def _derive(self, step: StepRouting) -> None:
+        """Make the leaves of tasks that are new to this layer, all at once."""
+        fresh = [
+            (row, entry.place, entry.key)
+            for row, entry in step.plan.entries
+            if self._keys.get(entry.place) is not entry.key
+        ]
+        if fresh:
+            rows, places, keys = zip(*fresh, strict=True)
+            for number, module in enumerate(self._modules):
+                made = _state(module.derive(step.weights[list(rows), module.index]))
+                self._states[number] = _enlarged(self._states[number], max(places) + 1)
+                self._states[number][list(places)] = made
+            self._keys.update(zip(places, keys, strict=True))
+        self._ready = step.plan
+
+
+def _enlarged(states: Tensor, places: int) -> Tensor:
+    if places <= len(states):
+        return states
+    larger = states.new_zeros(2 * places, states.shape[1])
+    larger[: len(states)] = states
+    return larger
+
+
+def _state(sides: FactoredSides) -> Tensor:
+    """[D, size] float32: the operator's layout."""
+    tasks, rank, _ = sides.a_first.shape
+
+    def columns(leaves: Tensor) -> Tensor:  # [D, r, n] -> [D, n * 16]
+        return F.pad(leaves, (0, 0, 0, RANK - rank)).transpose(1, 2).flatten(1)
+
+    def shifts(shift: Tensor | None) -> Tensor:  # [D, 16]
+        whole = sides.a_first.new_zeros(tasks, RANK)
+        if shift is not None:
+            whole[:, :rank] = shift
+        return whole
+
+    widened = F.pad(sides.b_second, (0, -sides.b_second.shape[2] % RANK, 0, RANK - rank))
+    parts = [columns(sides.a_first), columns(sides.a_second), shifts(sides.a_shift)]
+    parts += [columns(sides.b_first), widened.flatten(1), shifts(sides.b_shift)]
+    return torch.cat(parts, 1).float().contiguous()

@@ -1,0 +1,59 @@
+"""Adapters of the modules that one layer of an engine holds, on the Triton kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .rank_space_layer import LayerModule
+from .routing import StepRouting
+from .triton_pair_space import pair_shrink
+from .triton_rank_space import routed_expand, routed_shrink
+
+
+def _b_sides(modules: Sequence[LayerModule]) -> list[tuple[slice, Tensor]]:
+    """The columns of y that each module adds to, and its B side [E*r, columns]."""
+    sides = []
+    for m in modules:
+        width = m.outputs.stop - m.outputs.start
+        columns = slice(m.column, m.column + width)
+        sides.append((columns, m.b[0][:, m.outputs].contiguous()))
+    return sides
+
+
+class TritonRankSpaceLayer:
+    """`y_t += B_t A_t x_t` for every module of a layer, S = 1, on the shared path."""
+
+    state_bytes = 0
+
+    def __init__(self, modules: Sequence[LayerModule]) -> None:
+        self._a = torch.cat([m.a[0][:, m.inputs] for m in modules]).contiguous()
+        self._b = _b_sides(modules)
+        self._indices = torch.tensor([m.index for m in modules], device=self._a.device)
+
+    def add_(self, y: Tensor, x: Tensor, step: StepRouting) -> None:
+        """Add the adapters' part for x [T, d_in] to y [T, d], in place."""
+        weights = step.by_token.index_select(1, self._indices)
+        h = routed_shrink(x, self._a, weights)
+        for number, (columns, b) in enumerate(self._b):
+            routed_expand(y[:, columns], h[:, number], b, weights[:, number])
+
+
+class TritonPairSpaceLayer:
+    """`y_t += B G_t^T A x_t` for every module of a layer: static T-REX."""
+
+    state_bytes = 0
+
+    def __init__(self, modules: Sequence[LayerModule]) -> None:
+        self._a = [(m.index, m.a[0][:, m.inputs].contiguous()) for m in modules]
+        self._b = _b_sides(modules)
+
+    def add_(self, y: Tensor, x: Tensor, step: StepRouting) -> None:
+        """Add the adapters' part for x [T, d_in] to y [T, d], in place."""
+        for (index, a), (columns, b) in zip(self._a, self._b, strict=True):
+            pairs = step.by_token[:, index].view(len(x), len(a), len(b))
+            h = pair_shrink(x, a, pairs)
+            # A token without an adapter has h = 0.
+            routed_expand(y[:, columns], h, b, h.new_ones(len(x), 1))

@@ -1,0 +1,174 @@
+"""What engines run, against each method's own delta: whole modules, packed ones, cut ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from polyrex.adapters.errors import TensorMismatch
+from polyrex.adapters.experts import Experts
+from polyrex.adapters.methods import make_experts
+from polyrex.adapters.serving import Slice, choose_path, make_planner, serve_layer
+from polyrex.adapters.spec import AdapterSpec, TargetModule
+from polyrex.kernels.cases import relative_rms
+from polyrex.kernels.plan import Planner
+from polyrex.kernels.routing import RoutingTable, StepRouting
+
+CPU = torch.device("cpu")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
+SLOTS = [3, 3, 3, 0, 1, 2, 2, 1, 3]
+STATE_BYTES = 1 << 20
+
+Delta = Callable[[StepRouting, Tensor], Tensor]
+
+
+def drawn(spec: AdapterSpec, target: TargetModule, seed: int) -> Experts:
+    experts = make_experts(spec, target)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in experts.named_parameters():
+        nn.init.normal_(parameter, std=1e-2 if "raw" in name else 0.7, generator=generator)
+    return experts
+
+
+def filled(experts: Experts, modules: int, planner: Planner | None, seed: int = 0) -> RoutingTable:
+    """Three tasks in a table of `modules` modules."""
+    spec = experts.spec
+    table = RoutingTable(4, modules, experts.table_size(spec), CPU, planner=planner)
+    generator = torch.Generator().manual_seed(seed)
+    for slot in (1, 2, 3):
+        logits = torch.randn(modules, experts.routing_size(spec), generator=generator)
+        table.write(slot, experts.route(spec, logits))
+    return table
+
+
+def step_of(table: RoutingTable, slots: Sequence[int], dtype: torch.dtype) -> StepRouting:
+    step = table.step(slots, dtype)
+    assert step is not None
+    return step
+
+
+def tokens(d_in: int, dtype: torch.dtype, count: int = len(SLOTS)) -> Tensor:
+    return torch.randn(count, d_in, generator=torch.Generator().manual_seed(9)).to(dtype)
+
+
+def twin(experts: Experts, x: Tensor, step: StepRouting, index: int) -> Tensor:
+    """The method's delta in float32."""
+    exact = replace(step, dtype=torch.float32)
+    operands = experts.operands(torch.float32)
+    return experts.delta(operands, x.float(), exact.module(index)).detach()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_layer_of_packed_modules(small_spec: AdapterSpec, dtype: torch.dtype) -> None:
+    """Three modules of one input side by side, the second of them not adapted."""
+    sizes = (21, 6, 9)
+    experts = {i: drawn(small_spec, TargetModule(str(i), 15, sizes[i]), i) for i in (0, 2)}
+    columns = {0: slice(0, 21), 2: slice(27, 36)}
+    slices = [replace(Slice.whole(i, e), columns=columns[i]) for i, e in experts.items()]
+    layer = serve_layer(slices, dtype, CPU)
+    table = filled(experts[0], 3, make_planner([layer], experts[0], STATE_BYTES))
+    for slots in (SLOTS, SLOTS[::-1], [2] * 300 + [0] + [1] * 300):  # the last one composed
+        x, step = tokens(15, dtype, len(slots)), step_of(table, slots, dtype)
+        y = torch.zeros(len(slots), 36, dtype=dtype)
+        layer.add_(y, x, step)
+        for i, own in experts.items():
+            assert relative_rms(y[:, columns[i]], twin(own, x, step, i)) <= TOLERANCE[dtype]
+        assert torch.equal(y[:, 21:27], torch.zeros_like(y[:, 21:27]))
+        base = torch.tensor(slots) == 0
+        assert torch.equal(y[base], torch.zeros_like(y[base]))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_the_layer_adds_to_what_is_there(random_experts: Experts, dtype: torch.dtype) -> None:
+    layer = serve_layer([Slice.whole(0, random_experts)], dtype, CPU)
+    table = filled(random_experts, 1, make_planner([layer], random_experts, STATE_BYTES))
+    x, step = tokens(random_experts.target.d_in, dtype), step_of(table, SLOTS, dtype)
+    before = torch.randn(len(x), random_experts.target.d_out).to(dtype)
+    y = before.clone()
+    layer.add_(y, x, step)
+    expected = before.float() + twin(random_experts, x, step, 0)
+    assert relative_rms(y, expected) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dim", ["inputs", "outputs"])
+def test_ranks_of_a_cut_module_add_up(random_experts: Experts, dim: str) -> None:
+    """What tensor parallelism does, for the methods whose delta is linear in x."""
+    if random_experts.routes_by_token:
+        pytest.skip("its ranks see the whole input")
+    whole = Slice.whole(0, random_experts)
+    target = random_experts.target
+    size = target.d_in if dim == "inputs" else target.d_out
+    table = filled(random_experts, 1, None)
+    x, step = tokens(target.d_in, torch.float32), step_of(table, SLOTS, torch.float32)
+    y = torch.zeros(len(x), target.d_out)
+    for cut in (slice(0, size // 3), slice(size // 3, size)):
+        if dim == "inputs":
+            part = serve_layer([replace(whole, inputs=cut)], torch.float32, CPU)
+            part.add_(y, x[:, cut], step)
+        else:
+            columns = slice(0, cut.stop - cut.start)
+            part = serve_layer([replace(whole, outputs=cut, columns=columns)], torch.float32, CPU)
+            part.add_(y[:, cut], x, step)
+    assert relative_rms(y, twin(random_experts, x, step, 0)) <= TOLERANCE[torch.float32]
+
+
+def test_empty_batch(random_experts: Experts) -> None:
+    layer = serve_layer([Slice.whole(0, random_experts)], torch.float32, CPU)
+    step = StepRouting(
+        torch.zeros(1, 1, random_experts.table_size(random_experts.spec)),
+        torch.zeros(0, dtype=torch.int64),
+        torch.float32,
+    )
+    y = torch.zeros(0, random_experts.target.d_out)
+    layer.add_(y, tokens(random_experts.target.d_in, torch.float32, 0), step)
+    assert y.shape == (0, random_experts.target.d_out)
+
+
+def test_a_slot_that_changes_hands_is_made_anew(random_experts: Experts) -> None:
+    layer = serve_layer([Slice.whole(0, random_experts)], torch.float32, CPU)
+    planner = make_planner([layer], random_experts, STATE_BYTES)
+    table = filled(random_experts, 1, planner)
+    x = tokens(random_experts.target.d_in, torch.float32, 400)
+    other = filled(random_experts, 1, None, seed=5).weights[2]
+    for weights in (table.weights[2].clone(), other, table.weights[3].clone()):
+        table.write(2, weights)
+        step = step_of(table, [2] * len(x), torch.float32)
+        y = torch.zeros(len(x), random_experts.target.d_out)
+        layer.add_(y, x, step)
+        assert relative_rms(y, twin(random_experts, x, step, 0)) <= TOLERANCE[torch.float32]
+
+
+def test_choice_of_a_path_says_why() -> None:
+    def choice(spec: AdapterSpec, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+        slices = [Slice.whole(0, make_experts(spec, TargetModule("m", 15, 9)))]
+        return choose_path(slices, dtype, CPU)
+
+    assert choice(AdapterSpec("poly", experts=4)) == ("compiled", "rank space on the CPU")
+    path, reason = choice(AdapterSpec("molora", experts=4))
+    assert (path, "depends on every token" in reason) == ("delta", True)
+    path, reason = choice(AdapterSpec("poly", experts=4), torch.float16)
+    assert (path, "float16" in reason) == ("delta", True)
+    path, reason = choice(AdapterSpec("tensorpoly-2", rank=20, experts=4))
+    assert (path, "not 20" in reason) == ("delta", True)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_tolerance_tells_another_tasks_adapter(dtype: torch.dtype) -> None:
+    experts = drawn(AdapterSpec("poly", rank=3, experts=5), TargetModule("m", 15, 9), 0)
+    layer = serve_layer([Slice.whole(0, experts)], dtype, CPU)
+    table = filled(experts, 1, None)
+    x, wrong = tokens(15, dtype), step_of(table, [1, *SLOTS[1:]], dtype)
+    y = torch.zeros(len(x), 9, dtype=dtype)
+    layer.add_(y, x, wrong)
+    assert relative_rms(y, twin(experts, x, step_of(table, SLOTS, dtype), 0)) > 2 * TOLERANCE[dtype]
+
+
+def test_experts_that_overflow_are_refused(random_experts: Experts) -> None:
+    with torch.no_grad():
+        next(random_experts.parameters()).fill_(float("inf"))
+    with pytest.raises(TensorMismatch, match="not finite"):
+        serve_layer([Slice.whole(0, random_experts)], torch.float32, CPU)

@@ -1,0 +1,149 @@
+"""Every method on vLLM with the real base model: `make test-vllm-full`, about an hour.
+
+Writes what it finds to tests/results/vllm_same_tokens.json.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+import torch
+
+from polyrex.adapters.base_model import load_base
+from polyrex.adapters.inventory import Inventory, load_experts
+from polyrex.adapters.spec import AdapterSpec
+from polyrex.server.config import EngineConfig
+from polyrex.server.engines.base import SamplingParams, Token
+from polyrex.server.engines.embedded import EmbeddedEngine
+
+from .conftest import Answer, Asked, at_once, prompt, started
+from .running_vllm import Running, running_vllm
+from .small_model import make_inventory, make_task, spec_id
+
+pytestmark = pytest.mark.full
+
+SPECS = (
+    AdapterSpec("lora", rank=16),
+    AdapterSpec("poly", rank=16, experts=8),
+    AdapterSpec("mhr", rank=16, experts=8, splits=3),
+    AdapterSpec("tlora", rank=16),
+    AdapterSpec("tensorpoly-1", rank=16, experts=8),
+    AdapterSpec("tensorpoly-2", rank=16, experts=8),
+    AdapterSpec("tensorpoly-x", rank=16, experts=4),
+    AdapterSpec("trex", rank=16, form="static"),
+    AdapterSpec("trex", rank=16, form="mix"),
+    AdapterSpec("trex", rank=16, form="diagonal"),
+    AdapterSpec("molora", rank=4, experts=8),
+    AdapterSpec("sira", rank=4, experts=8),
+)
+GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+SCORED = replace(GREEDY, max_tokens=0, prompt_logprobs=0)
+TASKS, PROMPTS, SCORED_PROMPTS = 8, 20, 2
+RESULTS = Path(__file__).parents[1] / "results" / "vllm_same_tokens.json"
+Embedded = Callable[[AdapterSpec, torch.dtype, SamplingParams], list[Answer]]
+Found = dict[str, dict[str, Any]]
+
+
+def requests(inventory: Inventory, sampling: SamplingParams) -> list[Asked]:
+    """Of eight tasks and the base model, mixed."""
+    tasks = [None, *(make_task(inventory, seed) for seed in range(TASKS))]
+    if sampling is SCORED:
+        return [(prompt(n, 64), task) for n in range(SCORED_PROMPTS) for task in tasks]
+    return [(prompt(n), task) for n in range(PROMPTS) for task in tasks]
+
+
+def logprobs(answers: list[Answer]) -> list[float]:
+    """Of every prompt token that has one."""
+    scored: list[tuple[Token, ...]] = [answer.prompt or () for answer in answers]
+    return [token.logprob for each in scored for token in each if token.logprob is not None]
+
+
+@pytest.fixture(scope="module")
+def found() -> Iterator[Found]:
+    """By method, then by what was measured; written at the end, whatever failed."""
+    found: Found = {spec_id(spec): {} for spec in SPECS}
+    yield found
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+
+
+@pytest.fixture(scope="module")
+def inventories(
+    base_path: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[AdapterSpec, Inventory]:
+    folder: Path = tmp_path_factory.mktemp("inventories")
+    return {
+        spec: make_inventory(folder / f"{spec_id(spec)}.safetensors", base_path, spec, 0.02)
+        for spec in SPECS
+    }
+
+
+@pytest.fixture(scope="module")
+def embedded(base_path: str, inventories: dict[AdapterSpec, Inventory]) -> Embedded:
+    @cache
+    def run(spec: AdapterSpec, dtype: torch.dtype, sampling: SamplingParams) -> list[Answer]:
+        inventory = inventories[spec]
+        adapted = load_experts(inventory, load_base(base_path, dtype))
+
+        async def ask() -> list[Answer]:
+            config = EngineConfig(kv_cache_tokens=8192, slots=64)
+            async with started(EmbeddedEngine(adapted, adapted.model, inventory, config)) as engine:
+                return await at_once(engine, requests(inventory, sampling), sampling)
+
+        return asyncio.run(ask())
+
+    return run
+
+
+@pytest.fixture(scope="module", params=["float32-eager", "bfloat16-eager", "float32-compiled"])
+def vllm(
+    request: pytest.FixtureRequest, base_path: str, inventories: dict[AdapterSpec, Inventory]
+) -> Iterator[tuple[str, Running]]:
+    dtype, _, mode = request.param.partition("-")
+    sizes = {"eager": mode == "eager", "kv_cache_bytes": 1 << 29, "max_batch_tokens": 256}
+    with running_vllm(base_path, inventories[SPECS[0]], dtype, **sizes) as running:
+        yield request.param, running
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=spec_id)
+def test_every_method_says_what_the_embedded_engine_says(
+    vllm: tuple[str, Running],
+    embedded: Embedded,
+    inventories: dict[AdapterSpec, Inventory],
+    found: Found,
+    spec: AdapterSpec,
+) -> None:
+    mode, running = vllm
+    running.adapt(inventories[spec])
+    if mode.startswith("bfloat16"):
+        ours = logprobs(running.answers(requests(inventories[spec], SCORED), SCORED))
+        theirs = logprobs(embedded(spec, torch.bfloat16, SCORED))
+        exact = logprobs(embedded(spec, torch.float32, SCORED))
+        apart = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+        found[spec_id(spec)]["bfloat16 log-probabilities"] = {
+            "compared": len(apart),
+            "mean difference": mean(apart),
+            "mean signed difference": mean(ours) - mean(theirs),
+            "largest difference": max(apart),
+            "embedded engine's mean difference from float32": mean(
+                abs(a - b) for a, b in zip(theirs, exact, strict=True)
+            ),
+            "vLLM engine's mean difference from float32": mean(
+                abs(a - b) for a, b in zip(ours, exact, strict=True)
+            ),
+        }
+        assert mean(apart) < 1e-2
+        return
+    asked = requests(inventories[spec], GREEDY)
+    right = embedded(spec, torch.float32, GREEDY)
+    answers = running.answers(asked, GREEDY)
+    same = sum(one.ids == other.ids for one, other in zip(answers, right, strict=True))
+    found[spec_id(spec)][f"{mode} same completions"] = [same, len(asked)]
+    assert same == len(asked)
