@@ -7,8 +7,8 @@
 # PyPI has torch for CUDA alone, which runs on a CPU too but is large. Where pip knows an index with
 # the CPU build, it is taken: --secret id=pip,src=pip.conf
 #
-# Not run here, where there is no docker daemon: the build itself, the CUDA variant, useradd and the
-# run as another user. Run by hand in a clean folder: the pip commands, the conversion into a folder
+# Not run here, where there is no docker daemon: the build itself, the CUDA variant, apt-get, useradd
+# and the run as another user. Run by hand in a clean folder: the pip commands, the conversion into a folder
 # then made read-only, the server under these variables on 0.0.0.0 with a key file, the check's
 # command, and SIGTERM, which ends it with status 0; of the pip commands, `.[gguf]` was `.[test]`.
 
@@ -34,9 +34,12 @@ ENV POLYREX_CACHE=/opt/polyrex/models HF_HUB_OFFLINE=1 PYTHONSAFEPATH=1
 RUN python -c "from polyrex.adapters.base_model import *; resolve_base(DEFAULT_BASE, print)"
 
 FROM python:3.11-slim
+# The CPU operators are built at start, for the processor that is there.
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/polyrex /opt/polyrex
 RUN useradd --system --uid 10001 --no-create-home polyrex \
-    && install --directory --owner=polyrex --mode=0700 /state
+    && install --directory --owner=polyrex --mode=0700 /state /opt/polyrex/models/kernels
 USER polyrex
 VOLUME /state
 ENV PATH=/opt/polyrex/bin:$PATH \

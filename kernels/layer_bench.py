@@ -21,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .compiled import why_not_compiled
+from .device_limits import measure_device
 from .plan import Entry, Plan, Run
 from .rank_space_layer import LayerModule, RankSpaceLayer
+from .roofline import predict_layer
 from .routing import StepRouting
 
 EXPERTS, RANK = 8, 16
@@ -67,15 +69,20 @@ def _layer(d_in: int, d_out: int, dtype: torch.dtype) -> RankSpaceLayer:
     return RankSpaceLayer([module], EXPERTS, EXPERTS)
 
 
-def routing(tokens: int, distinct: int, dtype: torch.dtype, composed: bool) -> StepRouting:
-    """Tokens of `distinct` tasks, each task's in one run; at most one task a token."""
+def routing(
+    tokens: int, distinct: int, dtype: torch.dtype, composed: bool, key: object = "kept"
+) -> StepRouting:
+    """Tokens of `distinct` tasks, each task's in one run; at most one task a token.
+
+    Layers compose a task's adapter where they do not hold it under `key`.
+    """
     tasks = min(tokens, distinct)
     rows = torch.arange(tokens) * tasks // tokens
     plan = Plan("shared", "asked for")
     if composed:
         bounds = [int((rows < task).sum()) for task in range(tasks + 1)]
         pairs = enumerate(itertools.pairwise(bounds))
-        runs = tuple(Run(b, e, task, Entry(task, "kept")) for task, (b, e) in pairs)
+        runs = tuple(Run(b, e, task, Entry(task, key)) for task, (b, e) in pairs)
         plan = Plan("composed", "asked for", runs)
     weights = torch.rand(tasks, 1, EXPERTS)
     return StepRouting(weights / weights.sum(-1, keepdim=True), rows, dtype, plan=plan)
@@ -107,6 +114,10 @@ def measure(case: Case, tokens: int, dtype: torch.dtype) -> dict[str, float]:
                 layer.add_(y, x, step)  # composes, once
             calls = (partial(layer.add_, y, x, step) for layer in layers)
             found[f"{path} {distinct}"] = median_seconds(calls)
+    layers = itertools.cycle(case.layers)
+    fresh = (routing(tokens, 1, dtype, True, object()) for _ in itertools.count())
+    calls = (partial(layer.add_, y, x, step) for layer, step in zip(layers, fresh, strict=False))
+    found["composed 1, not kept"] = median_seconds(calls)
     return found
 
 
@@ -135,11 +146,32 @@ def overhead(named: dict[str, tuple[int, int, int]], seconds: dict[str, Any], to
     return added / base
 
 
+def predictions(named: dict[str, tuple[int, int, int]]) -> dict[str, Any]:
+    """What the roofline says of every shape, 32 tasks, from what this machine reaches at best."""
+    device = measure_device()
+    return {
+        f"{name} {d_in}x{d_out}, {tokens} tokens": predict_layer(
+            d_in,
+            d_out,
+            tokens=tokens,
+            distinct=min(tokens, 32),
+            experts=EXPERTS,
+            rank=RANK,
+            device=device,
+        )
+        for name, (d_in, d_out, _) in named.items()
+        for tokens in TOKENS
+    }
+
+
 def layers_8b() -> dict[str, Any]:
-    """The 8B model's shapes in bfloat16: seconds, and what 32 tasks add at 32 tokens."""
+    """The 8B model's shapes in bfloat16: seconds, as measured and as the roofline predicts them,
+    and what 32 tasks add at 32 tokens.
+    """
     seconds = shapes(SHAPES_8B, torch.bfloat16)
     return {
         "seconds": seconds,
+        "predicted": predictions(SHAPES_8B),
         "overhead_distinct32": round(overhead(SHAPES_8B, seconds, 32), 3),
     }
 

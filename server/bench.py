@@ -4,8 +4,8 @@ Two parts. In this process, the embedded engine alone: 32 requests at once of 17
 32 new ones, first without adapters, then all of one task (composed, and on the shared path), then
 of 32 tasks, then transformers' own continuous batching of the base model, in turn, round after
 round; ratios are taken within a round and their median is reported. Against a server process, over
-HTTP: how long a task just registered takes for its first token and for its tenth, and how much the
-process grows by 10,000 registered tasks.
+HTTP: how long a task just registered takes for its first token and for its tenth, how much the
+process grows by 10,000 registered tasks, and its throughput beside a server with 32.
 """
 
 from __future__ import annotations
@@ -249,22 +249,27 @@ def growth(
     }
 
 
-def mix_over_http(client: httpx.Client, tasks: int, rounds: int) -> dict[str, Any]:
-    """32 requests at once over HTTP, of 32 of the many tasks, and of one of them."""
-    spread = [f"many-{n * tasks // REQUESTS}" for n in range(REQUESTS)]
+def mix_over_http(few: httpx.Client, many: httpx.Client, tasks: int, rounds: int) -> dict[str, Any]:
+    """32 requests of 32 tasks at once over HTTP, where `tasks` are registered, and where only 32.
 
-    def rate(names: Sequence[str], pool: ThreadPoolExecutor) -> float:
+    Two servers, in turn.
+    """
+    spread = [f"many-{n * tasks // REQUESTS}" for n in range(REQUESTS)]
+    all_there_are = [f"many-{n}" for n in range(REQUESTS)]
+
+    def rate(client: httpx.Client, names: Sequence[str], pool: ThreadPoolExecutor) -> float:
         fields = {"prompt": PROMPT, "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
         started = time.perf_counter()
         list(pool.map(lambda name: _timed_post(client, {"task": name, **fields}), names))
         return REQUESTS * NEW_TOKENS / (time.perf_counter() - started)
 
     with ThreadPoolExecutor(REQUESTS) as pool:
-        rate(spread, pool)  # warms up
-        pairs = [(rate(spread, pool), rate(spread[:1] * REQUESTS, pool)) for _ in range(rounds)]
+        pairs = [
+            (rate(many, spread, pool), rate(few, all_there_are, pool)) for _ in range(rounds + 1)
+        ][1:]  # the first round warms up
     return {
-        "tokens_per_second": round(statistics.median(many for many, _ in pairs), 1),
-        "distinct32_vs_one_task": _median_ratio(*zip(*pairs, strict=True)),
+        "tokens_per_second": round(statistics.median(of_many for of_many, _ in pairs), 1),
+        f"tasks{tasks}_vs_tasks{REQUESTS}": _median_ratio(*zip(*pairs, strict=True)),
     }
 
 
@@ -305,9 +310,14 @@ def main() -> None:
         print(f"latency: {figures['latency']}", flush=True)
         figures["memory"] = growth(client, process, inventory, options.tasks)
         print(f"memory: {figures['memory']}", flush=True)
-        key = f"http_{options.tasks}_tasks"
-        figures[key] = mix_over_http(client, options.tasks, options.rounds)
-        print(f"{key}: {figures[key]}", flush=True)
+        with (
+            tempfile.TemporaryDirectory() as other,
+            server_process(inventory.path, Path(other)) as (few, _),
+        ):
+            for number in range(REQUESTS):
+                register(few, inventory, f"many-{number}", 10_000 + number)
+            figures["http"] = mix_over_http(few, client, options.tasks, options.rounds)
+        print(f"http: {figures['http']}", flush=True)
     document = {"ratios": ratios(figures, options.tasks), "figures": figures}
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -318,16 +328,15 @@ def main() -> None:
 def ratios(figures: dict[str, Any], tasks: int) -> dict[str, float]:
     """The figures that goals are set for, flat; of the server's default dtype where two are."""
     default = figures[Launch.dtype]
-    growth_key = f"rss_growth_mb_{tasks}_tasks"
+    growth_key, flat_key = f"rss_growth_mb_{tasks}_tasks", f"tasks{tasks}_vs_tasks{REQUESTS}"
     return {
         "adapted_vs_base_distinct32": default["adapted_vs_base_distinct32"],
         "distinct32_vs_one_task": default["distinct32_vs_one_task"],
         "base_vs_transformers": default["base_vs_transformers"],
         "first_vs_tenth_request": figures["latency"]["first_vs_tenth_request"],
         growth_key: figures["memory"][growth_key],
-        f"http_distinct32_vs_one_task_{tasks}_tasks": figures[f"http_{tasks}_tasks"][
-            "distinct32_vs_one_task"
-        ],
+        f"http_{flat_key}": figures["http"][flat_key],
+        "adapted_vs_base_one_task": default["adapted_vs_base_one_task"],
         **{
             f"adapted_vs_base_distinct32_{dtype}": figures[dtype]["adapted_vs_base_distinct32"]
             for dtype in Dtype

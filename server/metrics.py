@@ -56,6 +56,12 @@ class _Snapshot(Collector):
         )
         for name, text, value in totals:
             yield CounterMetricFamily(name, text, value)
+        paths = CounterMetricFamily(
+            "polyrex_adapter_steps", "Forward passes with adapters, by path", labels=["path"]
+        )
+        for path, count in stats.adapter_steps.items():
+            paths.add_metric([path], count)
+        yield paths
 
 
 class Metrics:

@@ -6,8 +6,8 @@ the HTTP layer's business, the same for every engine.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from polyrex.adapters.registry import TaskVersion
@@ -95,6 +95,8 @@ class EngineStats:
     steps: int
     prompt_tokens: int
     generated_tokens: int
+    adapter_steps: Mapping[str, int] = field(default_factory=dict)
+    """Forward passes with adapters by how they ran (kernels/plan.py), where the engine knows."""
 
 
 class Engine(Protocol):

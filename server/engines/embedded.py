@@ -17,6 +17,7 @@ import asyncio
 import logging
 import queue
 import threading
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -111,6 +112,7 @@ class EmbeddedEngine:
         self._thread = threading.Thread(target=self._run, name="polyrex-engine", daemon=True)
         self._down: str | None = "the engine has not been started"
         self._steps = self._prompt_tokens = self._generated_tokens = 0
+        self._adapter_steps: Counter[str] = Counter()
 
     @property
     def context_length(self) -> int:
@@ -140,6 +142,7 @@ class EmbeddedEngine:
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
+            adapter_steps=self._adapter_steps.copy(),
         )
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
@@ -232,7 +235,9 @@ class EmbeddedEngine:
             positions += range(start, end)
             slots += [generation.slot] * count
         if self._adapted is not None and self._table is not None:
-            self._adapted.context.step = self._table.step(slots, self._dtype)
+            step = self._adapted.context.step = self._table.step(slots, self._dtype)
+            if step is not None:
+                self._adapter_steps[step.plan.path] += 1
         output = self._model(
             input_ids=torch.tensor([tokens], device=self._device),
             position_ids=torch.tensor([positions], device=self._device),

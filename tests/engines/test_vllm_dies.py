@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from polyrex.adapters.registry import TaskVersion
@@ -59,9 +60,17 @@ async def end_while_streaming(
         return await asyncio.gather(*requests, return_exceptions=True)
 
 
+def runs(pid: int) -> bool:
+    """Whether a process has not ended; one that nobody has waited for yet has."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 async def gone(pids: list[int]) -> None:
     async with asyncio.timeout(SECONDS):
-        while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        while any(runs(pid) for pid in pids):
             await asyncio.sleep(0.05)
 
 

@@ -55,7 +55,7 @@ class FakeEngine:
             raise EngineStopped("the engine is down")
 
     def stats(self) -> EngineStats:
-        return EngineStats(len(self.running), 0, 0.5, 3, 7, 11, 13)
+        return EngineStats(len(self.running), 0, 0.5, 3, 7, 11, 13, {"composed": 5})
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         self.check()

@@ -136,6 +136,7 @@ def test_metrics_count_requests_without_labels_of_the_clients_making(served: Ser
     assert 'vllm:request_success_total{finished_reason="length"} 1.0' in text
     assert "vllm:num_requests_waiting 0.0" in text
     assert "vllm:prompt_tokens_total 11.0" in text
+    assert 'polyrex_adapter_steps_total{path="composed"} 5.0' in text
     assert 'polyrex_http_requests_total{method="other",route="none",status="404"} 1.0' in text
     assert "no-such-task" not in text
     assert "made/up" not in text
