@@ -101,6 +101,9 @@ class Costs:
     run: float = 40  # calling the operators once more, and reading a task's A and B
     compose: float = 200  # building a task's A and B
     steps: float = 8  # that a composed task is expected to be used for
+    worth: float = 100
+    """What composing must save at least: for less, a task's first short request should not run in
+    another way, and another time, than its tenth."""
 
 
 class SharedOrComposed:
@@ -129,7 +132,7 @@ class SharedOrComposed:
         composed += fresh * costs.compose / costs.steps
         reason = f"{len(slots)} tokens in {len(spans)} runs, {fresh} tasks new: "
         reason += f"shared costs {shared:.0f}, composed {composed:.0f}"
-        if composed >= shared:
+        if shared - composed < costs.worth:
             return Plan("shared", reason)
         runs = tuple(Run(b, e, rows[slot], kept.entry(slot)) for b, e, slot in spans)
         return Plan("composed", reason, runs)

@@ -19,7 +19,7 @@ def plan(planner: Planner, slots: list[int]) -> Plan:
 
 @pytest.fixture
 def planner() -> SharedOrComposed:
-    return SharedOrComposed(Kept(4), EXPERTS, Costs(run=40, compose=200, steps=8))
+    return SharedOrComposed(Kept(4), EXPERTS, Costs(run=40, compose=200, steps=8, worth=100))
 
 
 def test_many_tasks_decoding_share(planner: SharedOrComposed) -> None:
@@ -33,6 +33,10 @@ def test_one_task_and_long_prompts_are_composed(planner: SharedOrComposed) -> No
     assert [(run.begin, run.end, run.row) for run in found.runs] == [(0, 512, 1), (513, 769, 2)]
 
 
+def test_short_requests_share_the_first_time_and_the_tenth(planner: SharedOrComposed) -> None:
+    assert [plan(planner, [1] * 17).path for _ in range(10)] == ["shared"] * 10
+
+
 def test_more_tasks_than_places_share(planner: SharedOrComposed) -> None:
     found = plan(planner, [slot for slot in range(1, 6) for _ in range(500)])
     assert found.path == "shared"
@@ -40,7 +44,7 @@ def test_more_tasks_than_places_share(planner: SharedOrComposed) -> None:
 
 
 def test_a_task_that_is_not_kept_must_be_worth_composing() -> None:
-    planner = SharedOrComposed(Kept(4), EXPERTS, Costs(run=1, compose=200, steps=1))
+    planner = SharedOrComposed(Kept(4), EXPERTS, Costs(run=1, compose=200, steps=1, worth=0))
     assert plan(planner, [1] * 20).path == "shared"  # 160 against 20 + 1 + 200
     assert plan(planner, [1] * 40).path == "composed"
     assert plan(planner, [1] * 20).path == "composed"  # it is kept now
