@@ -74,6 +74,8 @@ class FactoredLayer:
 
     def add_(self, y: Tensor, x: Tensor, step: StepRouting) -> None:
         """Add the adapters' part for x [T, d_in] to y [T, d], in place."""
+        # Without states every token would silently get the base model's answer.
+        assert step.plan.entries or not len(x), "the plan names no task's state"
         if step.plan is not self._ready:
             self._derive(step)
         for module, states, sizes in zip(self._modules, self._states, self._sizes, strict=True):

@@ -75,7 +75,7 @@ Tensor shrink(const Tensor& x, at::TensorList a, const Tensor& parts, int64_t hi
   const Part* part = parts_of(parts);
   const Routing routing(weights, rows);
   Tensor h = at::zeros({tokens, hiddens, panels * LANES}, x.options().dtype(at::kFloat));
-  // Two experts at a time where each is one panel, else two panels of an expert.
+  // Two experts at a time where each is one panel, else panel by panel.
   std::vector<Piece> pieces;
   for (int64_t p = 0; p < static_cast<int64_t>(a.size()); ++p)
     for (int64_t rank = 0; rank < panels; ++rank)

@@ -142,6 +142,14 @@ def test_a_slot_that_changes_hands_is_made_anew(random_experts: Experts) -> None
         assert relative_rms(y, twin(random_experts, x, step, 0)) <= TOLERANCE[torch.float32]
 
 
+def test_leaves_that_no_plan_names_are_refused() -> None:
+    experts = drawn(AdapterSpec("tensorpoly-2", rank=3, experts=5), TargetModule("m", 15, 9), 0)
+    layer = serve_layer([Slice.whole(0, experts)], torch.float32, CPU)
+    step = step_of(filled(experts, 1, None), SLOTS, torch.float32)
+    with pytest.raises(AssertionError, match="no task's state"):
+        layer.add_(torch.zeros(len(SLOTS), 9), tokens(15, torch.float32), step)
+
+
 def test_choice_of_a_path_says_why() -> None:
     def choice(spec: AdapterSpec, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
         slices = [Slice.whole(0, make_experts(spec, TargetModule("m", 15, 9)))]
