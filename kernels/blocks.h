@@ -15,8 +15,7 @@
 
 namespace polyrex {
 
-// out [rows, panels * 16] = x [rows, depth] @ panels of a packed matrix; `panels` is 1 or 2.
-// Rows of x are `stride` apart, panels `size` elements.
+// sum [rows][panels] = x [rows, depth] @ one or two panels of a packed matrix, `size` elements each.
 // Inputs are float32 here, whatever the weights are.
 #ifdef __AVX512F__
 constexpr int VECTOR_ROWS = 12;  // 24 accumulators in 32 registers
@@ -60,18 +59,27 @@ void multiply(
     for (int p = 0; p < PANELS; ++p) sum[row][p] = part[row][p];
 }
 
+// A block kernel multiplies up to ROWS rows of `depth` inputs with one or two panels. Its inputs are
+// packed once for all panels: in `at`, 16 of them lie from `column`, a multiple of 16.
 template <typename Weight>
 struct VectorBlock {
   using Input = float;
   static constexpr int64_t ROWS = VECTOR_ROWS;
+  const int64_t depth;
 
-  VectorBlock(int64_t) {}
+  explicit VectorBlock(int64_t depth) : depth(depth) {}
 
-  void operator()(const float* x, int64_t stride, int64_t rows, const Weight* w, int64_t size,
-                  int64_t panels, int64_t depth, float* out) const {
+  Input* at(Input* packed, int64_t /*rows*/, int64_t row, int64_t column) const {
+    return packed + row * depth + column;
+  }
+
+  void operator()(const float* packed, int64_t rows, const Weight* w, int64_t panels,
+                  const Weight* next, float* out) const {
     const float* row[ROWS];
-    for (int64_t i = 0; i < ROWS; ++i) row[i] = x + std::min(i, rows - 1) * stride;
+    for (int64_t i = 0; i < ROWS; ++i) row[i] = packed + std::min(i, rows - 1) * depth;
     Floats sum[ROWS][2];
+    const int64_t size = depth * LANES;
+    for (int64_t i = 0; i < panels * size; i += 64 / sizeof(Weight)) __builtin_prefetch(next + i, 0, 2);
     if (panels == 2) {
       rows > 8   ? multiply<VECTOR_ROWS, 2>(row, w, size, depth, sum)
       : rows > 4 ? multiply<std::min(8, VECTOR_ROWS), 2>(row, w, size, depth, sum)
@@ -95,16 +103,23 @@ bool tiles_allowed() {
 struct TileBlock {
   using Input = BFloat16;
   static constexpr int64_t ROWS = 32;
+  const int64_t depth;
 
   // Tiles hold 32 of the depth, or 16 where it is an odd multiple of 16.
-  explicit TileBlock(int64_t depth) : step(depth % 32 == 0 ? 32 : 16) {}
+  explicit TileBlock(int64_t depth) : depth(depth), step(depth % 32 == 0 ? 32 : 16) {}
   ~TileBlock() { _tile_release(); }
 
-  void operator()(const BFloat16* x, int64_t stride, int64_t rows, const BFloat16* w, int64_t size,
-                  int64_t panels, int64_t depth, float* out) {
+  // A tile's rows lie one after the other.
+  Input* at(Input* packed, int64_t rows, int64_t row, int64_t column) const {
+    const int64_t within = column & (step - 1);
+    return packed + (column - within) * rows + row * step + within;
+  }
+
+  void operator()(const BFloat16* packed, int64_t rows, const BFloat16* w, int64_t panels,
+                  const BFloat16* next, float* out) {
     configure(rows);
     const bool two = rows > 16;
-    const BFloat16* lower = x + 16 * stride;
+    const int64_t size = depth * LANES;
     _tile_zero(0);
     _tile_zero(1);
     if (two) {
@@ -112,7 +127,10 @@ struct TileBlock {
       _tile_zero(3);
     }
     for (int64_t k = 0; k < depth; k += step) {
-      _tile_loadd(4, x + k, stride * 2);
+      const BFloat16* x = packed + k * rows;
+      for (int64_t line = 0; line < panels * step / 2; ++line)
+        __builtin_prefetch(next + (k * panels + line * 2) * LANES, 0, 2);
+      _tile_loadd(4, x, step * 2);
       _tile_loadd(6, w + k * LANES, 64);
       _tile_dpbf16ps(0, 4, 6);
       if (panels == 2) {
@@ -120,7 +138,7 @@ struct TileBlock {
         _tile_dpbf16ps(1, 4, 7);
       }
       if (two) {
-        _tile_loadd(5, lower + k, stride * 2);
+        _tile_loadd(5, x + 16 * step, step * 2);
         _tile_dpbf16ps(2, 5, 6);
         if (panels == 2) _tile_dpbf16ps(3, 5, 7);
       }

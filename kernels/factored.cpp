@@ -65,28 +65,43 @@ void factored_expand(float* out, int64_t length, int64_t q, int64_t width, const
   }
 }
 
-void factored_add_(Tensor& y, const Tensor& x, const Tensor& leaves, const Tensor& entries,
-                   at::IntArrayRef sizes) {
-  TORCH_CHECK(sizes.size() == 4 && x.stride(1) == 1 && y.stride(1) == 1 && leaves.is_contiguous(),
-              "expected sizes p, q, p', q' and rows without gaps");
-  const int64_t p = sizes[0], q = sizes[1], p_out = sizes[2], q_out = sizes[3];
-  const int64_t width = (q_out + LANES - 1) / LANES * LANES, size = leaves.size(1);
-  const int64_t d_in = x.size(1), d_out = y.size(1);
+// A row of `parts`: one module of a layer.
+struct Part {
+  int64_t start;         // where its leaves lie in a task's row
+  int64_t column;        // where its outputs begin
+  int64_t length;        // how many there are
+  int64_t p, q;          // the sizes of the A side's leaves
+  int64_t p_out, q_out;  // of the B side's
+};
+
+void factored_add_(Tensor& y, const Tensor& x, const Tensor& leaves, const Tensor& parts,
+                   const Tensor& entries) {
+  TORCH_CHECK(x.stride(1) == 1 && y.stride(1) == 1 && leaves.is_contiguous() &&
+              parts.is_contiguous() && parts.size(1) * sizeof(int64_t) == sizeof(Part),
+              "expected rows without gaps and parts [M, 7]");
+  const Part* part = reinterpret_cast<const Part*>(parts.const_data_ptr<int64_t>());
+  const int64_t modules = parts.size(0), size = leaves.size(1), d_in = x.size(1);
+  int64_t most = 0;
+  for (int64_t m = 0; m < modules; ++m) most = std::max(most, part[m].length + part[m].q_out);
   const int64_t* entry = entries.const_data_ptr<int64_t>();
   auto add = [&]<typename Value>() {
     at::parallel_for(0, x.size(0), 1, [&](int64_t from, int64_t to) {
-      std::vector<float> in(d_in + LANES), out(d_out + q_out + LANES);
+      std::vector<float> in(d_in + LANES), out(most + LANES);
       for (int64_t t = from; t < to; ++t) {
         if (entry[t] < 0) continue;
-        const float* at = leaves.const_data_ptr<float>() + entry[t] * size;
-        const Leaves a(at, p, q, LANES), b(at + (p + q + 1) * LANES, p_out, width, LANES);
         const Value* own = x.const_data_ptr<Value>() + t * x.stride(0);
         int64_t i = 0;
         for (; i + LANES <= d_in; i += LANES) store(in.data() + i, load(own + i));
         for (; i < d_in; ++i) in[i] = float(own[i]);
-        const Floats hidden = factored_shrink(in.data(), d_in, q, a);
-        factored_expand(out.data(), d_out, q_out, width, b, hidden);
-        add_row(y.data_ptr<Value>() + t * y.stride(0), out.data(), d_out);
+        for (int64_t m = 0; m < modules; ++m) {
+          const auto [start, column, length, p, q, p_out, q_out] = part[m];
+          const int64_t width = (q_out + LANES - 1) / LANES * LANES;
+          const float* at = leaves.const_data_ptr<float>() + entry[t] * size + start;
+          const Leaves a(at, p, q, LANES), b(at + (p + q + 1) * LANES, p_out, width, LANES);
+          const Floats hidden = factored_shrink(in.data(), d_in, q, a);
+          factored_expand(out.data(), length, q_out, width, b, hidden);
+          add_row(y.data_ptr<Value>() + t * y.stride(0) + column, out.data(), length);
+        }
       }
     });
   };
@@ -97,6 +112,6 @@ void factored_add_(Tensor& y, const Tensor& x, const Tensor& leaves, const Tenso
 
 TORCH_LIBRARY_FRAGMENT(polyrex, library) {
   library.def(
-      "factored_add_(Tensor(a!) y, Tensor x, Tensor leaves, Tensor entries, int[] sizes) -> ()",
+      "factored_add_(Tensor(a!) y, Tensor x, Tensor leaves, Tensor parts, Tensor entries) -> ()",
       &factored_add_);
 }

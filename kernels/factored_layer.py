@@ -1,10 +1,12 @@
 """Adapters whose sides are tensor products of a task's own leaves, on the compiled operator.
 
 The operator, `torch.ops.polyrex.factored_add_` (source: factored.cpp), takes every task's leaves as
-one row of floats: for the A side first [p, 16], second [q, 16], shift [16], for the B side
-first [p', 16], second [16, q' rounded up to 16], shift [16]. It computes, for each token,
-`h_k = first_k^T X second_k - shift_k sum(X)` with X = x in rows of q, and adds
-`sum_k h_k (first_k (x) second_k - shift_k)` to y. Neither A nor B exists at any time.
+one row of floats: for each module, for the A side first [p, 16], second [q, 16], shift [16], for
+the B side first [p', 16], second [16, q' rounded up to 16], shift [16]. `parts`, int64 [M, 7], says
+where a module's leaves begin, where its outputs begin and how many they are, and p, q, p', q'. The
+operator computes, for each token and module, `h_k = first_k^T X second_k - shift_k sum(X)` with
+X = x in rows of q, and adds `sum_k h_k (first_k (x) second_k - shift_k)` to y. Neither A nor B
+exists at any time.
 """
 
 from __future__ import annotations
@@ -57,20 +59,24 @@ class FactoredLayer:
 
     def __init__(self, modules: list[FactoredModule]) -> None:
         self._modules = modules
-        self._states: list[Tensor] = []
-        self._sizes: list[list[int]] = []
+        parts: list[tuple[int, ...]] = []
+        start = 0
         for module in modules:
             empty = module.derive(torch.zeros(1, module.width))
-            self._states.append(_state(empty)[:0])
             sides = (empty.a_first, empty.a_second, empty.b_first, empty.b_second)
-            self._sizes.append([side.shape[-1] for side in sides])
+            sizes = (side.shape[-1] for side in sides)
+            parts.append((start, module.column, module.d_out, *sizes))
+            start += _state(empty).shape[1]
+        self._parts = torch.tensor(parts)
+        self._states = torch.zeros(0, start)
         self._keys: dict[int, object] = {}
         self._ready: Plan | None = None
+        self._add_ = torch.ops.polyrex.factored_add_.default
 
     @property
     def state_bytes(self) -> int:
         """What the leaves of one task take."""
-        return sum(4 * states.shape[1] for states in self._states)
+        return 4 * self._states.shape[1]
 
     def add_(self, y: Tensor, x: Tensor, step: StepRouting) -> None:
         """Add the adapters' part for x [T, d_in] to y [T, d], in place."""
@@ -78,9 +84,7 @@ class FactoredLayer:
         assert step.plan.entries or not len(x), "the plan names no task's state"
         if step.plan is not self._ready:
             self._derive(step)
-        for module, states, sizes in zip(self._modules, self._states, self._sizes, strict=True):
-            part = y[:, module.column : module.column + module.d_out]
-            torch.ops.polyrex.factored_add_(part, x, states, step.places, sizes)
+        self._add_(y, x, self._states, self._parts, step.places)
 
     def _derive(self, step: StepRouting) -> None:
         """Make the leaves of tasks that are new to this layer, all at once."""
@@ -91,10 +95,10 @@ class FactoredLayer:
         ]
         if fresh:
             rows, places, keys = zip(*fresh, strict=True)
-            for number, module in enumerate(self._modules):
-                made = _state(module.derive(step.weights[list(rows), module.index]))
-                self._states[number] = _enlarged(self._states[number], max(places) + 1)
-                self._states[number][list(places)] = made
+            weights = step.weights[list(rows)]
+            made = [_state(module.derive(weights[:, module.index])) for module in self._modules]
+            self._states = _enlarged(self._states, max(places) + 1)
+            self._states[list(places)] = torch.cat(made, 1)
             self._keys.update(zip(places, keys, strict=True))
         self._ready = step.plan
 

@@ -1,25 +1,26 @@
 """Rank-space adapters of the modules that one layer of an engine holds, on the compiled operators.
 
-The operators, `torch.ops.polyrex` (sources: rank_space.cpp), take matrices packed by `pack` and
-say which routing weights belong to which matrix by `parts`, int64 [P, 4]: where a matrix's inputs
-(or outputs) begin, how many they are, which h it belongs to, and where its E weights begin in a
-row of routing weights, or -1 for a weight of 1. `weights` is [D, M, W] float32, `rows` [T] int64.
+The operators, `torch.ops.polyrex` (source: rank_space.cpp), take all matrices of a side as one
+tensor, each packed by `pack`, and `parts`, int64 [P, 7], a row a matrix: where its inputs (or
+outputs) begin and how many they are, which h it belongs to, where its E weights begin in a row of
+routing weights or -1 for a weight of 1, where its values begin, its panels and its depth.
+`weights` is [D, M, W] float32, `rows` [T] int64.
 
-| operator | result |
-|---|---|
-| add_(y [T, d], x [T, d_in], a, a_parts, b, b_parts, n, E, weights, rows) | both, one by one |
-| shrink(x [T, d_in], a, parts, n, E, weights, rows) | h [T, n, R] float32: `sum_e w_te (A_e x_t)` |
-| expand_(y [T, d], h, b, parts, E, weights, rows) | `y_t += sum_e w_te (B_e h_t)` |
-| compose(packed [G, E, size], weights [E]) | [G, size]: `sum_e w_e packed_e` |
-| mix_pairs(h [T, n, I], offsets [n], I, J, weights, rows) | [T, n, J]: `G_t^T h_t` |
+    add_(y [T, d], x [T, d_in], a, a_parts, b, b_parts, n, E, 0, 0, weights, rows)
+        y_t += B_t A_t x_t, with A_t = sum_e w_te A_e never built, over n h between the two sides
+    add_(..., n, 1, I, J, weights, rows)
+        y_t += B G_t^T A x_t, where G_t [I, J] is the token's weights
+    compose(a, a_parts, E, in_panels, weights [M * W]) -> A_t, as a side of one expert
 
 R is r rounded up to whole panels of 16 columns; everything is summed in float32.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -68,20 +69,39 @@ class LayerModule:
     column: int
 
 
+class _Part(NamedTuple):
+    """Where a matrix reads or writes, as the operators know it."""
+
+    begin: int
+    length: int
+    hidden: int
+    offset: int
+
+
 @dataclass(frozen=True)
 class _Side:
-    """Packed matrices, and where each reads or writes."""
+    """The packed matrices of one side."""
 
-    matrices: list[Tensor]
-    parts: Tensor  # int64 [P, 4]
-    unweighted: Tensor  # the same for composed matrices
+    values: Tensor
+    parts: Tensor  # int64 [P, 7]
 
-    @staticmethod
-    def of(pieces: Sequence[tuple[Tensor, tuple[int, int, int, int]]]) -> _Side:
-        parts = torch.tensor([part for _, part in pieces])
-        unweighted = parts.clone()
-        unweighted[:, 3] = UNWEIGHTED
-        return _Side([pack(matrix) for matrix, _ in pieces], parts, unweighted)
+    @classmethod
+    def of(cls, pieces: Sequence[tuple[Tensor, _Part]]) -> _Side:
+        packed = [pack(matrix) for matrix, _ in pieces]
+        starts = itertools.accumulate((each.numel() for each in packed), initial=0)
+        parts = [
+            (*part, start, len(each), each.numel() // (len(each) * LANES))
+            for each, (_, part), start in zip(packed, pieces, starts, strict=False)
+        ]
+        return cls(torch.cat([each.flatten() for each in packed]), torch.tensor(parts))
+
+    def composed(self, experts: int, in_panels: bool) -> Tensor:
+        """The parts of one task's side, as `compose` makes it."""
+        parts = self.parts.clone()
+        parts[:, 3] = UNWEIGHTED
+        parts[:, 4] //= experts  # start
+        parts[:, 6 if in_panels else 5] //= experts  # depth, or panels
+        return parts
 
 
 def _cut(held: slice, block: int, size: int) -> slice:
@@ -104,61 +124,48 @@ class RankSpaceLayer:
                 if inputs.start < inputs.stop:
                     first, begin = split * a.shape[1], inputs.start - module.inputs.start
                     piece = a[:, inputs.start - first : inputs.stop - first]
-                    part = (begin, piece.shape[1], number, weights)
+                    part = _Part(begin, piece.shape[1], number, weights)
                     shrink.append((by_expert(piece, experts).t(), part))
                 outputs = _cut(module.outputs, split, b.shape[1])
                 if outputs.start < outputs.stop:
                     first = split * b.shape[1]
                     begin = module.column + outputs.start - module.outputs.start
                     piece = b[:, outputs.start - first : outputs.stop - first]
-                    part = (begin, piece.shape[1], number, weights)
+                    part = _Part(begin, piece.shape[1], number, weights)
                     expand.append((by_expert(piece, experts), part))
         self._a, self._b = _Side.of(shrink), _Side.of(expand)
+        self._own_a = self._a.composed(experts, in_panels=False)
+        self._own_b = self._b.composed(experts, in_panels=True)
         # The operator itself: finding it by name takes as long as a small product.
         self._add_ = torch.ops.polyrex.add_.default
-        self._composed: dict[int, tuple[object, list[Tensor], list[Tensor]]] = {}
+        self._composed: dict[int, tuple[object, Tensor, Tensor]] = {}
 
     @property
     def state_bytes(self) -> int:
         """What one task's composed A and B take."""
-        return sum(m.nbytes for m in (*self._a.matrices, *self._b.matrices)) // self._experts
+        return (self._a.values.nbytes + self._b.values.nbytes) // self._experts
 
     def add_(self, y: Tensor, x: Tensor, step: StepRouting) -> None:
         """Add the adapters' part for x [T, d_in] to y [T, d], whose columns lie side by side."""
-        a, b, n, routing = self._a, self._b, self._modules, (step.weights, step.rows)
+        n, weights, rows = self._modules, step.weights, step.rows
         if not step.plan.runs:
-            self._add_(y, x, a.matrices, a.parts, b.matrices, b.parts, n, self._experts, *routing)
+            sides = self._a.values, self._a.parts, self._b.values, self._b.parts
+            self._add_(y, x, *sides, n, self._experts, 0, 0, weights, rows)
         for run in step.plan.runs:
-            own_a, own_b = self._compose(run.entry, step.weights, run.row)
+            a, b = self._compose(run.entry, weights, run.row)
             own_y, own_x = y[run.begin : run.end], x[run.begin : run.end]
-            self._add_(own_y, own_x, own_a, a.unweighted, own_b, b.unweighted, n, 1, *routing)
+            self._add_(own_y, own_x, a, self._own_a, b, self._own_b, n, 1, 0, 0, weights, rows)
 
-    def _compose(
-        self, entry: Entry, weights: Tensor, row: int
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def _compose(self, entry: Entry, weights: Tensor, row: int) -> tuple[Tensor, Tensor]:
         """A task's own A and B, made from its row of weights where they are not kept yet."""
         known = self._composed.get(entry.place)
         if known is not None and known[0] is entry.key:
             return known[1:]
-        flat = weights[row].flatten()
-        a, b = (
-            [
-                self._composed_matrix(matrix, flat[offset : offset + self._experts], on_a)
-                for matrix, offset in zip(side.matrices, side.parts[:, 3].tolist(), strict=True)
-            ]
-            for side, on_a in ((self._a, True), (self._b, False))
-        )
+        flat, compose = weights[row].flatten(), torch.ops.polyrex.compose
+        a = compose(self._a.values, self._a.parts, self._experts, False, flat)
+        b = compose(self._b.values, self._b.parts, self._experts, True, flat)
         self._composed[entry.place] = entry.key, a, b
         return a, b
-
-    def _composed_matrix(self, matrix: Tensor, weights: Tensor, on_a: bool) -> Tensor:
-        # An expert's part is whole panels on the A side, and a stretch of every panel on B's.
-        groups = 1 if on_a else len(matrix)
-        composed: Tensor = torch.ops.polyrex.compose(
-            matrix.view(groups, self._experts, -1), weights
-        )
-        panels = len(matrix) // self._experts if on_a else len(matrix)
-        return composed.view(panels, -1, *matrix.shape[2:])
 
 
 class PairSpaceLayer:
@@ -173,16 +180,17 @@ class PairSpaceLayer:
         shrink, expand = [], []
         for number, m in enumerate(modules):
             a, b = m.a[0][:, m.inputs], m.b[0][:, m.outputs]
-            shrink.append((by_expert(a, 1).t(), (0, a.shape[1], number, UNWEIGHTED)))
-            expand.append((by_expert(b, 1), (m.column, b.shape[1], number, UNWEIGHTED)))
+            shrink.append((by_expert(a, 1).t(), _Part(0, a.shape[1], number, UNWEIGHTED)))
+            part = _Part(m.column, b.shape[1], number, m.index * width)
+            expand.append((by_expert(b, 1), part))
+        self._modules = len(modules)
         self._a, self._b = _Side.of(shrink), _Side.of(expand)
-        self._offsets = torch.tensor([m.index * width for m in modules])
+        self._add_ = torch.ops.polyrex.add_.default
 
     state_bytes = 0
 
     def add_(self, y: Tensor, x: Tensor, step: StepRouting) -> None:
         """Add the adapters' part for x [T, d_in] to y [T, d], in place."""
-        ops, routing = torch.ops.polyrex, (step.weights, step.rows)
-        h = ops.shrink(x, self._a.matrices, self._a.parts, len(self._offsets), 1, *routing)
-        mixed = ops.mix_pairs(h, self._offsets, self._inner, self._outer, *routing)
-        ops.expand_(y, mixed, self._b.matrices, self._b.parts, 1, *routing)
+        sides = self._a.values, self._a.parts, self._b.values, self._b.parts
+        pairs = self._inner, self._outer
+        self._add_(y, x, *sides, self._modules, 1, *pairs, step.weights, step.rows)

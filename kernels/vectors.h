@@ -39,6 +39,12 @@ inline void store(BFloat16* at, Floats value) {
 #endif
 }
 
+inline void copy(float* to, const float* from) { store(to, load(from)); }
+inline void copy(float* to, const BFloat16* from) { store(to, load(from)); }
+inline void copy(BFloat16* to, const BFloat16* from) {
+  *reinterpret_cast<Halves*>(to) = *reinterpret_cast<const Halves*>(from);
+}
+
 // y[c] += out[c] for `width` columns.
 template <typename Value>
 void add_row(Value* y, const float* out, int64_t width) {

@@ -1,9 +1,10 @@
 """`make bench-vllm`: vLLM with LoRA off, vLLM's own multi-LoRA, and polyrex on vLLM, side by side.
 
-All engines of one mode (eager, then compiled) are started first and stay; then they answer the
-same requests in turn, round after round, so that a slow moment of the machine meets them all.
-Ratios are taken within a round, and their median is reported. Every prompt is new, so that no
-prefix cache helps anybody. The last line is one JSON document.
+All engines of one mode (eager, then compiled) are started first and stay; then they answer
+requests of the same lengths and tasks in turn, round after round, the one that others are compared
+with again and again between them. A ratio is of one turn over the nearest turns, before and after,
+of what it is compared with; the median is reported. Every prompt is new, so that no prefix cache
+helps anybody. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -13,13 +14,11 @@ import asyncio
 import gc
 import json
 import os
-import random
 import statistics
 import tempfile
-import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,8 @@ from polyrex.kernels.routing import RoutingTable
 from polyrex.server.bench import growth, machine, register, server_process
 
 from .vllm_bench_adapters import RANK, write_adapters
-from .vllm_bench_engines import IN_FLIGHT, Contender, Plain, Polyrex
+from .vllm_bench_engines import IN_FLIGHT, Plain, Polyrex
+from .vllm_bench_meter import DECODE, PREFILL, Meter, Turn
 from .vllm_bench_report import write_report
 
 MAIN = {
@@ -54,80 +54,6 @@ OTHERS = {
     "molora": AdapterSpec("molora", rank=4, experts=8),
     "sira": AdapterSpec("sira", rank=4, experts=8),
 }
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Requests that are sent at once, all of one shape."""
-
-    name: str
-    prompt: int
-    new: int
-
-    @property
-    def tokens(self) -> int:
-        """What the throughput counts: new tokens, and the prompt's where those are the work."""
-        counted = self.new if self.prompt < self.new else self.prompt + self.new
-        return IN_FLIGHT * counted
-
-
-DECODE, PREFILL = Workload("decode", 17, 32), Workload("prefill", 512, 8)
-
-
-@dataclass
-class Meter:
-    """Measures contenders with requests that are the same for all of them."""
-
-    seed: int = 0
-    rates: dict[str, list[float]] = field(default_factory=dict)
-
-    async def round(self, work: Workload, turns: Sequence[tuple[str, Contender, str, int]]) -> None:
-        """One turn each of (name, contender, popularity, how many tasks there are)."""
-        for name, contender, popularity, tasks in turns:
-            chosen = popular(popularity, tasks, random.Random(self.seed))
-            rate = await self._rate(work, contender, chosen)
-            self.rates.setdefault(name, []).append(rate)
-            print(f"{name}: {rate:.1f} tokens/s", flush=True)
-        self.seed += 1
-
-    async def _rate(
-        self, work: Workload, contender: Contender, tasks: Sequence[int | None]
-    ) -> float:
-        draw = random.Random(time.monotonic_ns())  # never the same prompt twice
-
-        async def one(task: int | None) -> int:
-            prompt = [draw.randrange(100, 40_000) for _ in range(work.prompt)]
-            async with aclosing(contender.answer(prompt, work.new, task)) as tokens:
-                return sum([count async for count in tokens])
-
-        started = time.perf_counter()
-        found = sum(await asyncio.gather(*(one(task) for task in tasks)))
-        assert found == IN_FLIGHT * work.new
-        return work.tokens / (time.perf_counter() - started)
-
-    def ratio(self, over: str, under: str) -> float:
-        """Median over rounds."""
-        pairs = zip(self.rates[over], self.rates[under], strict=False)
-        return round(statistics.median(a / b for a, b in pairs), 3)
-
-    def medians(self) -> dict[str, float]:
-        return {name: round(statistics.median(rates), 1) for name, rates in self.rates.items()}
-
-
-def popular(popularity: str, tasks: int, draw: random.Random) -> list[int | None]:
-    """The tasks of IN_FLIGHT requests."""
-    everyone = range(tasks)
-    if popularity == "none":
-        return [None] * IN_FLIGHT
-    if popularity == "identical":
-        return [0] * IN_FLIGHT
-    if popularity == "distinct":
-        return list(range(IN_FLIGHT))
-    if popularity == "uniform":
-        return [draw.choice(everyone) for _ in range(IN_FLIGHT)]
-    assert popularity == "zipf"
-    weights = [1 / (rank + 1) for rank in everyone]
-    return list(draw.choices(everyone, weights, k=IN_FLIGHT))
 
 
 def random_inventory(folder: Path, name: str, spec: AdapterSpec, model: str) -> Inventory:
@@ -159,26 +85,56 @@ async def started(engines: dict[str, Any]) -> AsyncGenerator[dict[str, Any], Non
         gc.collect()
 
 
-def decode_turns(engines: dict[str, Any]) -> list[tuple[str, Contender, str, int]]:
+def decode_turns(engines: dict[str, Any]) -> list[Turn]:
     """A round of the decode-heavy workload."""
-    base, theirs, ours = engines["base"], engines["multilora"], engines["tensorpoly-1"]
-    turns = [("base", base, "none", 0), ("idle", ours, "none", 0)]
-    for popularity in ("distinct", "identical", "uniform", "zipf"):
-        turns.append((f"multilora {popularity}", theirs, popularity, IN_FLIGHT))
+    base: Turn = ("base", engines["base"], "none", 0)
+    ours = engines["tensorpoly-1"]
+
+    def theirs(popularity: str) -> Turn:
+        return f"multilora {popularity}", engines["multilora"], popularity, IN_FLIGHT
+
+    def many(tasks: int) -> Turn:
+        return f"tensorpoly-1 uniform of {tasks}", ours, "uniform", tasks
+
+    def zipf(tasks: int) -> Turn:
+        return f"tensorpoly-1 zipf of {tasks}", ours, "zipf", tasks
+
+    turns = [theirs("identical"), theirs("uniform"), theirs("zipf")]
     for name in MAIN:
         if name in engines:
-            for popularity in ("distinct", "identical"):
-                turns.append((f"{name} {popularity}", engines[name], popularity, IN_FLIGHT))
-    for tasks in (32, 1_000, 10_000):
-        turns.append((f"tensorpoly-1 uniform of {tasks}", ours, "uniform", tasks))
-    turns.append(("tensorpoly-1 zipf of 10000", ours, "zipf", 10_000))
-    return turns
+            distinct, identical = (
+                (f"{name} {popularity}", engines[name], popularity, IN_FLIGHT)
+                for popularity in ("distinct", "identical")
+            )
+            turns += [theirs("distinct"), base, distinct, base, identical, base]
+    turns += [("idle", ours, "none", 0), base]
+    turns += [many(1_000), many(32), many(10_000), many(32), many(1)]
+    return [*turns, *(zipf(tasks) for tasks in (32, 10_000))]
+
+
+def prefill_turns(engines: dict[str, Any]) -> list[Turn]:
+    """A round of the prefill-heavy workload."""
+    base: Turn = ("base", engines["base"], "none", 0)
+    distinct, identical = (
+        (f"tensorpoly-1 {popularity}", engines["tensorpoly-1"], popularity, IN_FLIGHT)
+        for popularity in ("distinct", "identical")
+    )
+    return [base, distinct, base, identical, base]
+
+
+@dataclass(frozen=True)
+class Meters:
+    """What one mode gave."""
+
+    decode: Meter
+    prefill: Meter
+    add_lora: float  # vLLM's, median, in seconds
 
 
 async def compare(
     model: str, inventories: dict[str, Inventory], adapters: Path, eager: bool, rounds: int
-) -> tuple[Meter, Meter, float]:
-    """One mode: decode-heavy and prefill-heavy meters, and vLLM's median add_lora in seconds."""
+) -> Meters:
+    """Measure one mode."""
     names = MAIN if eager else ("tensorpoly-1",)
     engines: dict[str, Any] = {
         "base": Plain.start(model, eager),
@@ -193,19 +149,11 @@ async def compare(
         await warm_up.round(DECODE, turns)
         for _ in range(rounds):
             await decode.round(DECODE, turns)
-        base, ours = running["base"], running["tensorpoly-1"]
         for _ in range(2):
-            await prefill.round(
-                PREFILL,
-                [
-                    ("base", base, "none", 0),
-                    ("tensorpoly-1 distinct", ours, "distinct", IN_FLIGHT),
-                    ("tensorpoly-1 identical", ours, "identical", IN_FLIGHT),
-                ],
-            )
+            await prefill.round(PREFILL, prefill_turns(running))
         slow = [("multilora distinct", running["multilora"], "distinct", IN_FLIGHT)]
-        await prefill.round(PREFILL, slow)
-    return decode, prefill, statistics.median(added)
+        await prefill.round(PREFILL, slow)  # minutes
+    return Meters(decode, prefill, statistics.median(added))
 
 
 async def one_task(model: str, inventories: dict[str, Inventory], rounds: int) -> dict[str, float]:
@@ -239,34 +187,30 @@ def table_bytes(inventory: Inventory, tasks: int) -> float:
     return table.weights.nbytes / (1 + tasks)
 
 
-def ratios(figures: dict[str, Any], decode: Meter, prefill: Meter) -> dict[str, float]:
-    """The figures that goals are set for, flat; eager."""
-    one = [decode.ratio(f"{name} identical", "base") for name in MAIN]
-    return {
-        "tensorpoly-1_vs_multilora_distinct32": decode.ratio(
-            "tensorpoly-1 distinct", "multilora distinct"
-        ),
-        **{f"{n}_vs_base_distinct32": decode.ratio(f"{n} distinct", "base") for n in MAIN},
-        **{
-            f"{n}_vs_multilora_distinct32": decode.ratio(f"{n} distinct", "multilora distinct")
-            for n in MAIN
-        },
-        "one_task_vs_base_min": min(*one, *figures["one_task_vs_base"].values()),
-        "idle_vs_base": decode.ratio("idle", "base"),
-        "tasks1000_vs_tasks32": decode.ratio(
-            "tensorpoly-1 uniform of 1000", "tensorpoly-1 uniform of 32"
-        ),
-        "tasks10000_vs_tasks32": decode.ratio(
-            "tensorpoly-1 uniform of 10000", "tensorpoly-1 uniform of 32"
-        ),
-        "prefill_vs_multilora_distinct32": prefill.ratio(
-            "tensorpoly-1 distinct", "multilora distinct"
-        ),
-        "prefill_vs_base_distinct32": prefill.ratio("tensorpoly-1 distinct", "base"),
-        "layer8b_overhead_distinct32": figures["layers_8b"]["overhead_distinct32"],
-        "register_ms_p50_10000_tasks": figures["register_ms_p50_10000_tasks"],
-        "device_bytes_per_task": figures["device_bytes_per_task"],
+def ratios(eager: Meters, compiled: Meters, figures: dict[str, Any]) -> dict[str, float]:
+    """The figures that goals are set for, flat; of the eager engines where not named compiled."""
+    one = [eager.decode.ratio(f"{name} identical", "base") for name in MAIN]
+    against = {"multilora": "multilora distinct", "base": "base"}
+    found = {
+        f"{name}_vs_{other}_distinct32": eager.decode.ratio(f"{name} distinct", turn)
+        for name in MAIN
+        for other, turn in against.items()
     }
+    found["one_task_vs_base_min"] = min(*one, *figures["one_task_vs_base"].values())
+    found["idle_vs_base"] = eager.decode.ratio("idle", "base")
+    for tasks in (1_000, 10_000):
+        found[f"tasks{tasks}_vs_tasks32"] = eager.decode.ratio(
+            f"tensorpoly-1 uniform of {tasks}", "tensorpoly-1 uniform of 32"
+        )
+    for other, turn in against.items():
+        found[f"prefill_vs_{other}_distinct32"] = eager.prefill.ratio("tensorpoly-1 distinct", turn)
+        for meter, of_what in ((compiled.decode, "tensorpoly-1"), (compiled.prefill, "prefill")):
+            key = f"{of_what}_vs_{other}_distinct32_compiled"
+            found[key] = meter.ratio("tensorpoly-1 distinct", turn)
+    found["layer8b_overhead_distinct32"] = figures["layers_8b"]["overhead_distinct32"]
+    for key in ("register_ms_p50_10000_tasks", "device_bytes_per_task"):
+        found[key] = figures[key]
+    return found
 
 
 async def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -277,27 +221,29 @@ async def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     inventories = {
         name: random_inventory(folder, name, spec, model) for name, spec in (MAIN | OTHERS).items()
     }
-    decode, prefill, added = await compare(model, inventories, adapters, True, options.rounds)
-    compiled, _, _ = await compare(model, inventories, adapters, False, options.rounds)
+    eager = await compare(model, inventories, adapters, True, options.rounds)
+    compiled = await compare(model, inventories, adapters, False, options.rounds)
     http = await asyncio.to_thread(over_http, inventories["tensorpoly-1"], 10_000)
     figures: dict[str, Any] = {
         "machine": machine(),
-        "decode_eager": decode.medians(),
-        "decode_compiled": compiled.medians(),
-        "prefill_eager": prefill.medians(),
+        **{
+            f"{work}_{mode}": getattr(meters, work).medians()
+            for work in ("decode", "prefill")
+            for mode, meters in (("eager", eager), ("compiled", compiled))
+        },
         "one_task_vs_base": await one_task(model, inventories, options.rounds),
         "layers_8b": layers_8b(),
         "register_ms_p50_10000_tasks": round(1e3 * http, 2),
-        "vllm_add_lora_ms_p50": round(1e3 * added, 1),
+        "vllm_add_lora_ms_p50": round(1e3 * eager.add_lora, 1),
         "device_bytes_per_task": round(table_bytes(inventories["tensorpoly-1"], 10_000)),
     }
-    return {"ratios": ratios(figures, decode, prefill), "figures": figures}
+    return {"ratios": ratios(eager, compiled, figures), "figures": figures}
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--out", type=Path, help="folder for the JSON document, table and plot")
     options = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

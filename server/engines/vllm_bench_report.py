@@ -28,7 +28,7 @@ def markdown(document: dict[str, Any]) -> str:
     about = ", ".join(f"{key} {value}" for key, value in figures["machine"].items())
     lines = [f"# polyrex on vLLM\n\nWritten by `{COMMAND}`. Machine: {about}.\n"]
     lines += _table("ratio", "value", document["ratios"])
-    for key in ("decode_eager", "decode_compiled", "prefill_eager"):
+    for key in ("decode_eager", "decode_compiled", "prefill_eager", "prefill_compiled"):
         lines += _table(f"{key.replace('_', ', ')}: run", "tokens/s", figures[key])
     lines += _table(
         "one task for all requests, eager: method", "/ base", figures["one_task_vs_base"]
