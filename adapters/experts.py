@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from polyrex.kernels.routing import ModuleRouting
+from polyrex.kernels.token_space_layer import TokenGates
 
 from .errors import SpecError
 from .spec import AdapterSpec, TargetModule
 
 Operands = tuple[Tensor, ...]
 
-Space = Literal["rank", "pair", "leaf"]
-"""What routing weights mix: experts' A and B sides, pairs of an A and a B side, or leaves."""
+Space = Literal["rank", "pair", "token", "leaf"]
+"""What routing weights mix: experts' A and B sides, pairs of an A and a B side, with what tokens
+choose for themselves, or leaves."""
 
 
 class Experts(nn.Module):
@@ -96,6 +98,10 @@ class Experts(nn.Module):
     def forward(self, dtype: torch.dtype) -> Operands:
         """`operands`, under the name by which torch.func calls a module on other parameters."""
         return self.operands(dtype)
+
+    def token_gates(self, operands: Operands) -> TokenGates:
+        """How tokens choose, for methods in token space."""
+        raise NotImplementedError(f"{self.method}'s tokens do not choose")
 
     @abstractmethod
     def delta(self, operands: Operands, x: Tensor, routing: ModuleRouting) -> Tensor:

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyrex.kernels.routing import ModuleRouting
+from polyrex.kernels.token_space_layer import TokenGates
 
 from .errors import SpecError
-from .experts import Experts, Operands
+from .experts import Experts, Operands, Space
 from .low_rank import initial_side
 from .spec import AdapterSpec, TargetModule
 
@@ -32,6 +33,10 @@ class MoloraExperts(Experts):
         self.token_router = nn.Parameter(torch.empty(spec.experts, target.d_in))
 
     @property
+    def space(self) -> Space:
+        return "token"
+
+    @property
     def routes_by_token(self) -> bool:
         return True
 
@@ -47,6 +52,9 @@ class MoloraExperts(Experts):
     def gates(self, logits: Tensor) -> Tensor:
         """What a token gives to each expert, [T, E], from its router logits."""
         return torch.softmax(logits, -1)
+
+    def token_gates(self, operands: Operands) -> TokenGates:
+        return TokenGates(operands[2])
 
     def delta(self, operands: Operands, x: Tensor, routing: ModuleRouting) -> Tensor:
         a, b, token_router = operands
@@ -69,6 +77,9 @@ class SiraExperts(MoloraExperts):
             raise SpecError(
                 f"sira: top_k must be at most experts, {spec.experts}, got {_top_k(spec)}"
             )
+
+    def token_gates(self, operands: Operands) -> TokenGates:
+        return TokenGates(operands[2], top_k=_top_k(self.spec))
 
     def gates(self, logits: Tensor) -> Tensor:
         gates = super().gates(logits)

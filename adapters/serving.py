@@ -22,6 +22,7 @@ from polyrex.kernels.factored_layer import RANK, FactoredLayer, FactoredModule, 
 from polyrex.kernels.plan import Kept, OwnStates, Planner, SharedOnly, SharedOrComposed
 from polyrex.kernels.rank_space_layer import LayerModule, PairSpaceLayer, RankSpaceLayer
 from polyrex.kernels.routing import StepRouting
+from polyrex.kernels.token_space_layer import TokenSpaceLayer
 
 from .errors import TensorMismatch
 from .experts import Experts, Operands
@@ -96,7 +97,8 @@ def serve_layer(slices: Sequence[Slice], dtype: torch.dtype, device: torch.devic
         return DeltaLayer(slices, dtype)
     if space == "leaf":
         return FactoredLayer([_factored(part) for part in slices])
-    modules = [_module(part, dtype) for part in slices]
+    operands = [frozen_operands(part.experts, dtype) for part in slices]
+    modules = [_module(*each) for each in zip(slices, operands, strict=True)]
     if path == "triton":
         from polyrex.kernels.triton_layers import TritonPairSpaceLayer, TritonRankSpaceLayer
 
@@ -104,7 +106,11 @@ def serve_layer(slices: Sequence[Slice], dtype: torch.dtype, device: torch.devic
     if space == "pair":
         return PairSpaceLayer(modules)
     experts = slices[0].experts
-    return RankSpaceLayer(modules, experts.spec.experts, experts.table_size(experts.spec))
+    width = experts.table_size(experts.spec)
+    if space == "token":
+        pairs = zip(slices, operands, strict=True)
+        return TokenSpaceLayer(modules, [p.experts.token_gates(own) for p, own in pairs], width)
+    return RankSpaceLayer(modules, experts.spec.experts, width)
 
 
 Path = Literal["compiled", "triton", "delta"]
@@ -120,11 +126,13 @@ def choose_path(
     experts = slices[0].experts
     spec, space = experts.spec, experts.space
     if space is None:
-        return "delta", f"{spec.method} has no kernel: what it does depends on every token"
+        return "delta", f"{spec.method} has no kernel"
     if device.type == "cuda":
         if find_spec("triton") is None:
             return "delta", "triton is not installed"
-        if space == "leaf" or (experts.table_size(spec) > spec.experts and space == "rank"):
+        if space in ("leaf", "token") or (
+            experts.table_size(spec) > spec.experts and space == "rank"
+        ):
             return "delta", f"{spec.method} has no layer on the Triton kernels"
         return "triton", f"{space} space on the GPU"
     if device.type != "cpu":
@@ -167,9 +175,9 @@ def frozen_operands(experts: Experts, dtype: torch.dtype) -> Operands:
     return operands
 
 
-def _module(part: Slice, dtype: torch.dtype) -> LayerModule:
-    a, b = frozen_operands(part.experts, dtype)
-    if part.experts.space == "pair":
+def _module(part: Slice, operands: Operands) -> LayerModule:
+    a, b, *_ = operands
+    if part.experts.space != "rank":
         a, b = a.unsqueeze(0), b.t().unsqueeze(0)
     return LayerModule(part.index, a, b, part.inputs, part.outputs, part.columns.start)
 

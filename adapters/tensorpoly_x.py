@@ -24,6 +24,7 @@ class TensorPolyXExperts(Experts):
     the right bond. `W_t[i_1..i_N, j_1..j_N m] = sum over bonds of prod_n w_t,n,e_n core_n[i_n, e_n,
     j_n, e_(n+1)]`, the first bond summed over as well, cut to `[d_in, d_out]`. W_t is never built:
     tokens are contracted with one core after the other, and weighted by their routing in between.
+    Only the first core, whose left bond no token reads, is weighted once a task.
     """
 
     method = "tensorpoly-x"
@@ -68,11 +69,12 @@ class TensorPolyXExperts(Experts):
     def delta(self, operands: Operands, x: Tensor, routing: ModuleRouting) -> Tensor:
         tokens, order, experts = len(x), len(operands), self.spec.experts
         q = len(operands[0]) // experts
+        rest, done = q ** (order - 1), q  # input digits still there, output digits already there
         weights = routing.token_weights.view(tokens, order, 1, experts, 1)
-        rest, done = q**order, 1  # input digits still there, output digits already there
-        state = F.pad(x, (0, rest - x.shape[-1])).view(tokens, done, 1, rest)
-        state = state.expand(tokens, done, experts, rest)
-        for n, core in enumerate(operands):
+        digits = F.pad(x, (0, q * rest - x.shape[-1])).view(tokens, q, rest)
+        product = torch.matmul(digits.transpose(1, 2), self._first_core(operands[0], x, routing))
+        state = product.view(tokens, rest, q, -1).permute(0, 2, 3, 1)  # [T, done, bond, rest]
+        for n, core in enumerate(operands[1:], 1):
             rest //= q
             weighted = (state * weights[:, n]).reshape(tokens, done, experts * q, rest)
             product = torch.matmul(weighted.transpose(-1, -2), core)  # [T, done, rest, q * bond]
@@ -80,3 +82,11 @@ class TensorPolyXExperts(Experts):
             done *= q
             state = state.reshape(tokens, done, core.shape[1] // q, rest)
         return state.flatten(1)[:, : self.target.d_out]
+
+    def _first_core(self, core: Tensor, x: Tensor, routing: ModuleRouting) -> Tensor:
+        """[T, q, q * bond]: the first core of each token's task, its left bond summed over."""
+        experts = self.spec.experts
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weights = routing.weights[:, :experts].to(wide)
+        by_task = (weights @ core.to(wide).view(experts, -1)).to(x.dtype)
+        return by_task.view(len(by_task), len(core) // experts, -1)[routing.rows]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyrex.kernels.routing import ModuleRouting
+from polyrex.kernels.token_space_layer import TokenGates
 
 from .errors import SpecError
 from .experts import Experts, Operands, Space
@@ -44,7 +45,7 @@ class TrexExperts(Experts):
 
     @property
     def space(self) -> Space | None:
-        return "pair" if self.spec.form == "static" else None
+        return "pair" if self.spec.form == "static" else "token"
 
     @property
     def routes_by_token(self) -> bool:
@@ -97,6 +98,10 @@ class TrexExperts(Experts):
         b = self.lora_b * torch.sigmoid(SIGMOID_SCALE * self.gate_raw)
         token, task = TOKEN_COEFFICIENT * omega, TASK_COEFFICIENT * (1 - omega)
         return a, b.to(dtype), self.token_router.to(wide), token, task
+
+    def token_gates(self, operands: Operands) -> TokenGates:
+        _, _, router, token, task = operands
+        return TokenGates(router, token.item(), task.item(), pairs=self.spec.form == "mix")
 
     def delta(self, operands: Operands, x: Tensor, routing: ModuleRouting) -> Tensor:
         a, b, *gates = operands

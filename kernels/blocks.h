@@ -74,12 +74,11 @@ struct VectorBlock {
   }
 
   void operator()(const float* packed, int64_t rows, const Weight* w, int64_t panels,
-                  const Weight* next, float* out) const {
+                  const Weight* /*next*/, float* out) const {
     const float* row[ROWS];
     for (int64_t i = 0; i < ROWS; ++i) row[i] = packed + std::min(i, rows - 1) * depth;
     Floats sum[ROWS][2];
     const int64_t size = depth * LANES;
-    for (int64_t i = 0; i < panels * size; i += 64 / sizeof(Weight)) __builtin_prefetch(next + i, 0, 2);
     if (panels == 2) {
       rows > 8   ? multiply<VECTOR_ROWS, 2>(row, w, size, depth, sum)
       : rows > 4 ? multiply<std::min(8, VECTOR_ROWS), 2>(row, w, size, depth, sum)

@@ -20,7 +20,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 logger = logging.getLogger(__name__)
 
 _SOURCES = ("rank_space.cpp", "factored.cpp")
-_HEADERS = ("blocks.h", "vectors.h")
+_HEADERS = ("blocks.h", "mixes.h", "vectors.h")
 _COMPILE = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-fopenmp")
 # OpenMP's symbols are found in the library that torch has loaded: a second one would bring a
 # second set of threads.

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "blocks.h"
+#include "mixes.h"
 #include "vectors.h"
 
 namespace {
@@ -29,30 +30,6 @@ using at::Tensor;
 constexpr int64_t OWN_TOKENS = 128;
 // So many values of the B side meet all tokens before the next do: they stay in the L2 cache.
 constexpr int64_t CACHED_VALUES = 256 << 10;
-
-// A row of `parts`: one matrix of a side, and what it is for.
-struct Part {
-  int64_t begin;   // where its inputs, or outputs, begin
-  int64_t length;  // how many there are
-  int64_t hidden;  // which h it belongs to
-  int64_t offset;  // where its routing weights begin in a row; below 0: it has none
-  int64_t start;   // where it lies in the side's values
-  int64_t panels, depth;
-};
-
-struct Parts {
-  const Part* first;
-  int64_t count;
-
-  explicit Parts(const Tensor& parts) : count(parts.size(0)) {
-    TORCH_CHECK(parts.is_contiguous() && parts.size(1) * sizeof(int64_t) == sizeof(Part),
-                "expected parts [P, 7]");
-    first = reinterpret_cast<const Part*>(parts.const_data_ptr<int64_t>());
-  }
-  const Part* begin() const { return first; }
-  const Part* end() const { return first + count; }
-  const Part& operator[](int64_t number) const { return first[number]; }
-};
 
 // Some consecutive panels of one part.
 struct Piece {
@@ -70,25 +47,17 @@ Input* room(int64_t size) {
 // Where a thread's share of `count` things begins, and with `member + 1` ends.
 int64_t share(int64_t count, int64_t member, int64_t members) { return count * member / members; }
 
-template <typename Block, typename Weight>
+template <typename Block, typename Weight, typename Mix>
 class AddToRows {
  public:
   using Input = typename Block::Input;
 
   AddToRows(Tensor& y, const Tensor& x, const Tensor& a, const Tensor& a_parts, const Tensor& b,
-            const Tensor& b_parts, int64_t hiddens, int64_t experts, int64_t inner, int64_t outer,
-            const Tensor& weights, const Tensor& rows)
+            const Tensor& b_parts, int64_t hidden_size, const Mix& mix)
       : y(y.data_ptr<Weight>()), y_stride(y.stride(0)), x(x.const_data_ptr<Weight>()),
-        x_stride(x.stride(0)), tokens(x.size(0)), experts(experts),
-        inner(inner), outer(outer), weights(weights.const_data_ptr<float>()),
-        rows(rows.const_data_ptr<int64_t>()),
-        row_size(weights.numel() / std::max<int64_t>(weights.size(0), 1)),
-        a(a.const_data_ptr<Weight>()), b(b.const_data_ptr<Weight>()), a_parts(a_parts),
-        b_parts(b_parts), expert_panels(this->a_parts[0].panels / experts),
-        rank(expert_panels * LANES), hidden_size(hiddens * rank),
-        // Two experts at a time where each is one panel, else panel by panel.
-        a_pieces(pieces(this->a_parts, expert_panels == 1 ? 2 : 1)),
-        b_pieces(pieces(this->b_parts, 2)) {}
+        x_stride(x.stride(0)), tokens(x.size(0)), mix(mix), a(a.const_data_ptr<Weight>()),
+        b(b.const_data_ptr<Weight>()), a_parts(a_parts), b_parts(b_parts), hidden_size(hidden_size),
+        a_pieces(pieces(this->a_parts)), b_pieces(pieces(this->b_parts)) {}
 
   void run() {
     const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
@@ -111,18 +80,16 @@ class AddToRows {
   }
 
  private:
-  static std::vector<Piece> pieces(const Parts& parts, int64_t most) {
+  // Two panels at a time.
+  static std::vector<Piece> pieces(const Parts& parts) {
     std::vector<Piece> found;
     for (int64_t p = 0; p < parts.count; ++p)
-      for (int64_t panel = 0; panel < parts[p].panels; panel += most)
-        found.push_back({p, panel, std::min(most, parts[p].panels - panel)});
+      for (int64_t panel = 0; panel < parts[p].panels; panel += 2)
+        found.push_back({p, panel, std::min<int64_t>(2, parts[p].panels - panel)});
     return found;
   }
   static const Weight* panel(const Weight* side, const Part& part, int64_t number) {
     return side + part.start + number * part.depth * LANES;
-  }
-  float weight(int64_t token, int64_t offset, int64_t expert) const {
-    return offset < 0 ? 1.f : weights[rows[token] * row_size + offset + expert];
   }
   float* hidden_of(int64_t member, int64_t token) const {
     return hidden + (member * tokens + token) * hidden_size;
@@ -170,21 +137,22 @@ class AddToRows {
     return packed;
   }
 
-  void gather(const Part& part, const Piece& piece, int64_t first, int64_t n,
-              int64_t member, const float* out) const {
-    const int64_t expert = piece.panel / expert_panels;
-    const int64_t column = part.hidden * rank + piece.panel % expert_panels * LANES;
+  void gather(const Part& part, const Piece& piece, int64_t first, int64_t n, int64_t member,
+              const float* out) const {
+    const int64_t each = part.panels / mix.experts;  // panels of one expert
     for (int64_t i = 0; i < n; ++i) {
-      float* to = hidden_of(member, first + i) + column;
-      Floats sum = load(to);
-      for (int64_t p = 0; p < piece.panels; ++p)
-        sum += weight(first + i, part.offset, expert + p) *
-               load(out + (i * piece.panels + p) * LANES);
-      store(to, sum);
+      float* h = hidden_of(member, first + i) + part.hidden;
+      const float* weights = part.offset < 0 ? nullptr : mix.routing.of(first + i, part.offset);
+      for (int64_t p = 0; p < piece.panels; ++p) {
+        const int64_t panel = piece.panel + p;
+        float* to = h + panel % each * LANES;
+        const Floats found = load(out + (i * piece.panels + p) * LANES);
+        store(to, load(to) + (weights ? weights[panel / each] * found : found));
+      }
     }
   }
 
-  // y_t += sum_e w_te (B_e h_t), or B G_t^T h_t, this member's columns.
+  // y_t += B mix(h_t), this member's columns.
   void expand(int64_t begin, int64_t end, int64_t member, int64_t members, int64_t sums) {
     const int64_t last = share(b_pieces.size(), member + 1, members);
     alignas(64) float out[Block::ROWS * 2 * LANES];
@@ -196,7 +164,7 @@ class AddToRows {
       Block block(part.depth);
       for (int64_t t = begin; t < end; t += Block::ROWS) {
         const int64_t n = std::min<int64_t>(Block::ROWS, end - t);
-        const Input* packed = spread(block, t, n, part, sums);
+        const Input* packed = spread(block, t, n, b_pieces[first].part, sums);
         for (int64_t p = first; p < until; ++p) {
           const Piece& piece = b_pieces[p];
           const Piece& next = b_pieces[p + 1 < last ? p + 1 : first];
@@ -212,26 +180,19 @@ class AddToRows {
     }
   }
 
-  // What a matrix of the B side is applied to: w_te h_t for every expert, or G_t^T h_t.
-  const Input* spread(const Block& block, int64_t first, int64_t n, const Part& part,
+  // What a matrix of the B side is applied to.
+  const Input* spread(const Block& block, int64_t first, int64_t n, int64_t number,
                       int64_t sums) const {
+    const Part& part = b_parts[number];
     Input* packed = room<Input>(n * part.depth);
-    std::vector<float> h(rank), mixed(part.depth);
+    const int64_t reads = mix.reads(part);
+    std::vector<float> h(reads), mixed(part.depth);
     for (int64_t i = 0; i < n; ++i) {
       std::fill(h.begin(), h.end(), 0.f);
       for (int64_t member = 0; member < sums; ++member)
-        for (int64_t k = 0; k < rank; k += LANES)
-          store(&h[k], load(&h[k]) + load(hidden_of(member, first + i) + part.hidden * rank + k));
-      if (inner) {
-        std::fill(mixed.begin(), mixed.end(), 0.f);
-        const float* g = weights + rows[first + i] * row_size + part.offset;
-        for (int64_t k = 0; k < inner; ++k)
-          for (int64_t j = 0; j < outer; ++j) mixed[j] += h[k] * g[k * outer + j];
-      } else {
-        for (int64_t e = 0; e < experts; ++e)
-          for (int64_t k = 0; k < rank; k += LANES)
-            store(&mixed[e * rank + k], weight(first + i, part.offset, e) * load(&h[k]));
-      }
+        for (int64_t k = 0; k < reads; k += LANES)
+          store(&h[k], load(&h[k]) + load(hidden_of(member, first + i) + part.hidden + k));
+      mix(h.data(), first + i, part, number, mixed.data());
       for (int64_t k = 0; k < part.depth; k += LANES)
         store(block.at(packed, n, i, k), load(&mixed[k]));
     }
@@ -241,32 +202,47 @@ class AddToRows {
   Weight* const y;
   const int64_t y_stride;
   const Weight* const x;
-  const int64_t x_stride, tokens, experts, inner, outer;
-  const float* const weights;
-  const int64_t* const rows;
-  const int64_t row_size;
+  const int64_t x_stride, tokens;
+  const Mix& mix;
   const Weight *const a, *const b;
   const Parts a_parts, b_parts;
-  const int64_t expert_panels, rank, hidden_size;
+  const int64_t hidden_size;
   const std::vector<Piece> a_pieces, b_pieces;
   float* hidden = nullptr;
 };
 
-void add_(Tensor& y, const Tensor& x, const Tensor& a, const Tensor& a_parts, const Tensor& b,
-          const Tensor& b_parts, int64_t hiddens, int64_t experts, int64_t inner, int64_t outer,
-          const Tensor& weights, const Tensor& rows) {
+template <typename Mix>
+void add(Tensor& y, const Tensor& x, const Tensor& a, const Tensor& a_parts, const Tensor& b,
+         const Tensor& b_parts, int64_t hidden_size, const Mix& mix) {
   const auto dtype = a.scalar_type();
   TORCH_CHECK(y.scalar_type() == dtype && x.scalar_type() == dtype,
               "expected inputs and outputs in the weights' dtype ", dtype, ", got ",
               x.scalar_type(), " and ", y.scalar_type());
   TORCH_CHECK(y.stride(1) == 1 && x.stride(1) == 1, "expected rows without gaps");
-  TORCH_CHECK(weights.is_contiguous() && rows.is_contiguous(), "expected contiguous routing");
   if (x.size(0) == 0) return;
   with_block(dtype, [&]<typename Block, typename Weight>() {
-    AddToRows<Block, Weight>(y, x, a, a_parts, b, b_parts, hiddens, experts, inner, outer, weights,
-                             rows)
-        .run();
+    AddToRows<Block, Weight, Mix>(y, x, a, a_parts, b, b_parts, hidden_size, mix).run();
   });
+}
+
+void add_(Tensor& y, const Tensor& x, const Tensor& a, const Tensor& a_parts, const Tensor& b,
+          const Tensor& b_parts, int64_t hidden_size, int64_t experts, const Tensor& weights,
+          const Tensor& rows) {
+  add(y, x, a, a_parts, b, b_parts, hidden_size, MixExperts{{weights, rows}, experts});
+}
+
+void add_pairs_(Tensor& y, const Tensor& x, const Tensor& a, const Tensor& a_parts,
+                const Tensor& b, const Tensor& b_parts, int64_t hidden_size, int64_t inner,
+                int64_t outer, const Tensor& weights, const Tensor& rows) {
+  add(y, x, a, a_parts, b, b_parts, hidden_size, MixPairs{{weights, rows}, inner, outer});
+}
+
+void add_by_token_(Tensor& y, const Tensor& x, const Tensor& a, const Tensor& a_parts,
+                   const Tensor& b, const Tensor& b_parts, int64_t hidden_size, int64_t inner,
+                   int64_t outer, int64_t gates, int64_t most, const Tensor& scales,
+                   const Tensor& weights, const Tensor& rows) {
+  const MixByToken mix{{weights, rows}, inner, outer, gates, most, scales.const_data_ptr<float>()};
+  add(y, x, a, a_parts, b, b_parts, hidden_size, mix);
 }
 
 // A side's values, every matrix the weighted sum of its experts: [groups, experts, size] -> [groups,
@@ -302,8 +278,17 @@ Tensor compose(const Tensor& side, const Tensor& parts, int64_t experts, bool in
 TORCH_LIBRARY_FRAGMENT(polyrex, library) {
   library.def(
       "add_(Tensor(a!) y, Tensor x, Tensor a, Tensor a_parts, Tensor b, Tensor b_parts, "
-      "int hiddens, int experts, int inner, int outer, Tensor weights, Tensor rows) -> ()",
+      "int hidden_size, int experts, Tensor weights, Tensor rows) -> ()",
       &add_);
+  library.def(
+      "add_pairs_(Tensor(a!) y, Tensor x, Tensor a, Tensor a_parts, Tensor b, Tensor b_parts, "
+      "int hidden_size, int inner, int outer, Tensor weights, Tensor rows) -> ()",
+      &add_pairs_);
+  library.def(
+      "add_by_token_(Tensor(a!) y, Tensor x, Tensor a, Tensor a_parts, Tensor b, Tensor b_parts, "
+      "int hidden_size, int inner, int outer, int gates, int most, Tensor scales, "
+      "Tensor weights, Tensor rows) -> ()",
+      &add_by_token_);
   library.def(
       "compose(Tensor side, Tensor parts, int experts, bool in_panels, Tensor weights) -> Tensor",
       &compose);

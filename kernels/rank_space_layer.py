@@ -2,14 +2,16 @@
 
 The operators, `torch.ops.polyrex` (source: rank_space.cpp), take all matrices of a side as one
 tensor, each packed by `pack`, and `parts`, int64 [P, 7], a row a matrix: where its inputs (or
-outputs) begin and how many they are, which h it belongs to, where its E weights begin in a row of
-routing weights or -1 for a weight of 1, where its values begin, its panels and its depth.
-`weights` is [D, M, W] float32, `rows` [T] int64.
+outputs) begin and how many they are, where its h lies among all n of them, where its routing
+weights begin in a row of `weights` or -1 for a weight of 1, where its values begin, its panels and
+its depth. `weights` is [D, M, W] float32, `rows` [T] int64.
 
-    add_(y [T, d], x [T, d_in], a, a_parts, b, b_parts, n, E, 0, 0, weights, rows)
-        y_t += B_t A_t x_t, with A_t = sum_e w_te A_e never built, over n h between the two sides
-    add_(..., n, 1, I, J, weights, rows)
+    add_(y [T, d], x [T, d_in], a, a_parts, b, b_parts, n, E, weights, rows)
+        y_t += B_t A_t x_t, with A_t = sum_e w_te A_e never built
+    add_pairs_(y, x, a, a_parts, b, b_parts, n, I, J, weights, rows)
         y_t += B G_t^T A x_t, where G_t [I, J] is the token's weights
+    add_by_token_(y, x, a, a_parts, b, b_parts, n, I, J, G, k, scales, weights, rows)
+        the same with gates that tokens choose: see token_space_layer.py
     compose(a, a_parts, E, in_panels, weights [M * W]) -> A_t, as a side of one expert
 
 R is r rounded up to whole panels of 16 columns; everything is summed in float32.
@@ -46,6 +48,11 @@ def pack(matrix: Tensor) -> Tensor:
     return panels.contiguous()
 
 
+def padded(size: int) -> int:
+    """Rounded up to whole panels."""
+    return size + -size % LANES
+
+
 def by_expert(side: Tensor, experts: int) -> Tensor:
     """[E*r, d] -> [E*R, d], each expert's rows padded with zeros to whole panels."""
     rank = len(side) // experts
@@ -69,24 +76,24 @@ class LayerModule:
     column: int
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """Where a matrix reads or writes, as the operators know it."""
 
     begin: int
     length: int
-    hidden: int
-    offset: int
+    hidden: int  # where its h lies
+    offset: int  # where its routing weights begin, or UNWEIGHTED
 
 
 @dataclass(frozen=True)
-class _Side:
+class Side:
     """The packed matrices of one side."""
 
     values: Tensor
     parts: Tensor  # int64 [P, 7]
 
     @classmethod
-    def of(cls, pieces: Sequence[tuple[Tensor, _Part]]) -> _Side:
+    def of(cls, pieces: Sequence[tuple[Tensor, Part]]) -> Side:
         packed = [pack(matrix) for matrix, _ in pieces]
         starts = itertools.accumulate((each.numel() for each in packed), initial=0)
         parts = [
@@ -115,7 +122,8 @@ class RankSpaceLayer:
 
     def __init__(self, modules: Sequence[LayerModule], experts: int, width: int) -> None:
         """`width` is W, the routing weights of one module in a row."""
-        self._modules, self._experts = len(modules), experts
+        rank = padded(modules[0].a.shape[1] // experts)
+        self._hidden, self._experts = len(modules) * rank, experts
         shrink, expand = [], []
         for number, module in enumerate(modules):
             for split, (a, b) in enumerate(zip(module.a, module.b, strict=True)):
@@ -124,16 +132,16 @@ class RankSpaceLayer:
                 if inputs.start < inputs.stop:
                     first, begin = split * a.shape[1], inputs.start - module.inputs.start
                     piece = a[:, inputs.start - first : inputs.stop - first]
-                    part = _Part(begin, piece.shape[1], number, weights)
+                    part = Part(begin, piece.shape[1], number * rank, weights)
                     shrink.append((by_expert(piece, experts).t(), part))
                 outputs = _cut(module.outputs, split, b.shape[1])
                 if outputs.start < outputs.stop:
                     first = split * b.shape[1]
                     begin = module.column + outputs.start - module.outputs.start
                     piece = b[:, outputs.start - first : outputs.stop - first]
-                    part = _Part(begin, piece.shape[1], number, weights)
+                    part = Part(begin, piece.shape[1], number * rank, weights)
                     expand.append((by_expert(piece, experts), part))
-        self._a, self._b = _Side.of(shrink), _Side.of(expand)
+        self._a, self._b = Side.of(shrink), Side.of(expand)
         self._own_a = self._a.composed(experts, in_panels=False)
         self._own_b = self._b.composed(experts, in_panels=True)
         # The operator itself: finding it by name takes as long as a small product.
@@ -147,14 +155,14 @@ class RankSpaceLayer:
 
     def add_(self, y: Tensor, x: Tensor, step: StepRouting) -> None:
         """Add the adapters' part for x [T, d_in] to y [T, d], whose columns lie side by side."""
-        n, weights, rows = self._modules, step.weights, step.rows
+        n, weights, rows = self._hidden, step.weights, step.rows
         if not step.plan.runs:
             sides = self._a.values, self._a.parts, self._b.values, self._b.parts
-            self._add_(y, x, *sides, n, self._experts, 0, 0, weights, rows)
+            self._add_(y, x, *sides, n, self._experts, weights, rows)
         for run in step.plan.runs:
             a, b = self._compose(run.entry, weights, run.row)
             own_y, own_x = y[run.begin : run.end], x[run.begin : run.end]
-            self._add_(own_y, own_x, a, self._own_a, b, self._own_b, n, 1, 0, 0, weights, rows)
+            self._add_(own_y, own_x, a, self._own_a, b, self._own_b, n, 1, weights, rows)
 
     def _compose(self, entry: Entry, weights: Tensor, row: int) -> tuple[Tensor, Tensor]:
         """A task's own A and B, made from its row of weights where they are not kept yet."""
@@ -176,16 +184,16 @@ class PairSpaceLayer:
 
     def __init__(self, modules: Sequence[LayerModule]) -> None:
         self._inner, self._outer = modules[0].a.shape[1], modules[0].b.shape[1]
-        width = self._inner * self._outer
+        width, rank = self._inner * self._outer, padded(self._inner)
         shrink, expand = [], []
         for number, m in enumerate(modules):
             a, b = m.a[0][:, m.inputs], m.b[0][:, m.outputs]
-            shrink.append((by_expert(a, 1).t(), _Part(0, a.shape[1], number, UNWEIGHTED)))
-            part = _Part(m.column, b.shape[1], number, m.index * width)
+            shrink.append((by_expert(a, 1).t(), Part(0, a.shape[1], number * rank, UNWEIGHTED)))
+            part = Part(m.column, b.shape[1], number * rank, m.index * width)
             expand.append((by_expert(b, 1), part))
-        self._modules = len(modules)
-        self._a, self._b = _Side.of(shrink), _Side.of(expand)
-        self._add_ = torch.ops.polyrex.add_.default
+        self._hidden = len(modules) * rank
+        self._a, self._b = Side.of(shrink), Side.of(expand)
+        self._add_ = torch.ops.polyrex.add_pairs_.default
 
     state_bytes = 0
 
@@ -193,4 +201,4 @@ class PairSpaceLayer:
         """Add the adapters' part for x [T, d_in] to y [T, d], in place."""
         sides = self._a.values, self._a.parts, self._b.values, self._b.parts
         pairs = self._inner, self._outer
-        self._add_(y, x, *sides, self._modules, 1, *pairs, step.weights, step.rows)
+        self._add_(y, x, *sides, self._hidden, *pairs, step.weights, step.rows)

@@ -17,6 +17,7 @@ constexpr int64_t LANES = 16;
 
 using Floats = float __attribute__((vector_size(64), aligned(4), may_alias));
 using Words = uint32_t __attribute__((vector_size(64), aligned(4), may_alias));
+using Integers = int32_t __attribute__((vector_size(64), aligned(4), may_alias));
 using Halves = uint16_t __attribute__((vector_size(32), aligned(2), may_alias));
 
 inline Floats load(const float* at) { return *reinterpret_cast<const Floats*>(at); }
@@ -43,6 +44,20 @@ inline void copy(float* to, const float* from) { store(to, load(from)); }
 inline void copy(float* to, const BFloat16* from) { store(to, load(from)); }
 inline void copy(BFloat16* to, const BFloat16* from) {
   *reinterpret_cast<Halves*>(to) = *reinterpret_cast<const Halves*>(from);
+}
+
+// exp(x) for x up to 0, within 2e-7 of it, relatively.
+inline Floats exp_of(Floats x) {
+  constexpr float LOG2_E = 1.44269504f, LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;
+  x = x > -87.f ? x : Floats{} - 87.f;  // below it, the result has no exponent
+  const Integers power = __builtin_convertvector(x * LOG2_E - 0.5f, Integers);  // to nearest
+  const Floats whole = __builtin_convertvector(power, Floats);
+  const Floats r = x - whole * LN2_HIGH - whole * LN2_LOW;
+  Floats series = Floats{} + 1 / 5040.f;
+  for (float term : {1 / 720.f, 1 / 120.f, 1 / 24.f, 1 / 6.f, 1 / 2.f, 1.f, 1.f})
+    series = series * r + term;
+  Integers bits = (power + 127) << 23;
+  return series * reinterpret_cast<Floats&>(bits);
 }
 
 // y[c] += out[c] for `width` columns.

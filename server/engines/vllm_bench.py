@@ -16,9 +16,10 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +71,17 @@ def random_inventory(folder: Path, name: str, spec: AdapterSpec, model: str) -> 
     return read_inventory(path)
 
 
+Starter = Callable[[], Awaitable[Any]]
+
+
 @asynccontextmanager
-async def started(engines: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+async def started(engines: dict[str, Starter]) -> AsyncGenerator[dict[str, Any], None]:
     """Engines by name, from what starts each; stopped at the end, whatever happens."""
     running: dict[str, Any] = {}
     try:
         for name, start in engines.items():
             print(f"starting {name}", flush=True)
-            running[name] = await start
+            running[name] = await start()
         yield running
     finally:
         for engine in running.values():
@@ -136,10 +140,10 @@ async def compare(
 ) -> Meters:
     """Measure one mode."""
     names = MAIN if eager else ("tensorpoly-1",)
-    engines: dict[str, Any] = {
-        "base": Plain.start(model, eager),
-        "multilora": Plain.start(model, eager, adapters),
-        **{name: Polyrex.start(model, eager, inventories[name]) for name in names},
+    engines: dict[str, Starter] = {
+        "base": partial(Plain.start, model, eager),
+        "multilora": partial(Plain.start, model, eager, adapters),
+        **{name: partial(Polyrex.start, model, eager, inventories[name]) for name in names},
     }
     decode, prefill = Meter(), Meter()
     async with started(engines) as running:
@@ -159,9 +163,10 @@ async def compare(
 async def one_task(model: str, inventories: dict[str, Inventory], rounds: int) -> dict[str, float]:
     """Every other method, one task for all requests, over the base."""
     found = {}
-    async with started({"base": Plain.start(model, True)}) as running:
+    async with started({"base": partial(Plain.start, model, True)}) as running:
         for name in OTHERS:
-            async with started({name: Polyrex.start(model, True, inventories[name])}) as own:
+            start = partial(Polyrex.start, model, True, inventories[name])
+            async with started({name: start}) as own:
                 meter = Meter()
                 turns = [("base", running["base"], "none", 0), (name, own[name], "identical", 1)]
                 for number in range(rounds + 1):

@@ -156,8 +156,9 @@ def test_choice_of_a_path_says_why() -> None:
         return choose_path(slices, dtype, CPU)
 
     assert choice(AdapterSpec("poly", experts=4)) == ("compiled", "rank space on the CPU")
-    path, reason = choice(AdapterSpec("molora", experts=4))
-    assert (path, "depends on every token" in reason) == ("delta", True)
+    assert choice(AdapterSpec("sira", experts=8)) == ("compiled", "token space on the CPU")
+    path, reason = choice(AdapterSpec("tensorpoly-x", experts=4))
+    assert (path, "no kernel" in reason) == ("delta", True)
     path, reason = choice(AdapterSpec("poly", experts=4), torch.float16)
     assert (path, "float16" in reason) == ("delta", True)
     path, reason = choice(AdapterSpec("tensorpoly-2", rank=20, experts=4))

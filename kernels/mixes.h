@@ -1,0 +1,132 @@
+// The matrices of a layer as the operators know them, and what happens between its two sides.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <functional>
+#include <vector>
+
+#include "vectors.h"
+
+namespace polyrex {
+
+using at::Tensor;
+
+// A row of `parts`: one matrix of a side, and what it is for.
+struct Part {
+  int64_t begin;   // where its inputs, or outputs, begin
+  int64_t length;  // how many there are
+  int64_t hidden;  // where its h lies among those of all
+  int64_t offset;  // where its routing weights begin in a row; below 0: it has none
+  int64_t start;   // where it lies in the side's values
+  int64_t panels, depth;
+};
+
+struct Parts {
+  const Part* first;
+  int64_t count;
+
+  explicit Parts(const Tensor& parts) : count(parts.size(0)) {
+    TORCH_CHECK(parts.is_contiguous() && parts.size(1) * sizeof(int64_t) == sizeof(Part),
+                "expected parts [P, 7]");
+    first = reinterpret_cast<const Part*>(parts.const_data_ptr<int64_t>());
+  }
+  const Part* begin() const { return first; }
+  const Part* end() const { return first + count; }
+  const Part& operator[](int64_t number) const { return first[number]; }
+};
+
+// A row of routing weights for each token, [D, M * W].
+struct Routing {
+  const float* weights;
+  const int64_t* rows;
+  int64_t size;
+
+  Routing(const Tensor& weights, const Tensor& rows)
+      : weights(weights.const_data_ptr<float>()),
+        rows(rows.const_data_ptr<int64_t>()),
+        size(weights.numel() / std::max<int64_t>(weights.size(0), 1)) {
+    TORCH_CHECK(weights.is_contiguous() && rows.is_contiguous(), "expected contiguous routing");
+  }
+  const float* of(int64_t token, int64_t offset) const { return weights + rows[token] * size + offset; }
+};
+
+// What happens between the two sides: from h_t, `reads` floats, to what a matrix of the B side is
+// applied to, `part.depth` floats.
+
+// w_te h_t, expert slowest; the same weights are in the sum on the A side.
+struct MixExperts {
+  Routing routing;
+  int64_t experts;
+
+  int64_t reads(const Part& part) const { return part.depth / experts; }
+  void operator()(const float* h, int64_t token, const Part& part, int64_t, float* mixed) const {
+    const int64_t rank = reads(part);
+    for (int64_t e = 0; e < experts; ++e) {
+      const float weight = part.offset < 0 ? 1.f : routing.of(token, part.offset)[e];
+      for (int64_t k = 0; k < rank; k += LANES) store(mixed + e * rank + k, weight * load(h + k));
+    }
+  }
+};
+
+inline void mix_pairs(const float* h, const float* g, int64_t inner, int64_t outer, float* mixed) {
+  for (int64_t i = 0; i < inner; ++i)
+    for (int64_t j = 0; j < outer; ++j) mixed[j] += h[i] * g[i * outer + j];
+}
+
+// G_t^T h_t, with G_t [inner, outer] the token's weights.
+struct MixPairs {
+  Routing routing;
+  int64_t inner, outer;
+  static constexpr int64_t experts = 1;
+
+  int64_t reads(const Part&) const { return (inner + LANES - 1) / LANES * LANES; }
+  void operator()(const float* h, int64_t token, const Part& part, int64_t, float* mixed) const {
+    std::fill(mixed, mixed + part.depth, 0.f);
+    mix_pairs(h, routing.of(token, part.offset), inner, outer, mixed);
+  }
+};
+
+// The same with gates that the token itself chose: the softmax of the logits that follow h_t, times
+// `scales[0]` and the switch in front of the token's weights, plus `scales[1]` times those weights.
+// Where `outer` is 0, h_tk has gate k mod `gates`, else every pair has its own.
+struct MixByToken {
+  Routing routing;
+  int64_t inner, outer, gates, most;  // `most` gates are kept, the largest
+  const float* scales;                // [P, 2]
+  static constexpr int64_t experts = 1;
+
+  int64_t hidden() const { return (inner + LANES - 1) / LANES * LANES; }
+  int64_t reads(const Part&) const { return hidden() + (gates + LANES - 1) / LANES * LANES; }
+  void operator()(const float* h, int64_t token, const Part& part, int64_t number,
+                  float* mixed) const {
+    const float* row = routing.of(token, part.offset);
+    const float by_token = scales[2 * number] * row[0], by_task = scales[2 * number + 1];
+    thread_local std::vector<float> g;
+    g.resize(reads(part) - hidden());
+    softmax(h + hidden(), g);
+    for (int64_t k = 0; k < gates; ++k) g[k] = by_token * g[k] + (by_task ? by_task * row[1 + k] : 0.f);
+    std::fill(mixed, mixed + part.depth, 0.f);
+    if (outer) return mix_pairs(h, g.data(), inner, outer, mixed);
+    for (int64_t k = 0; k < inner; ++k) mixed[k] = g[k % gates] * h[k];
+  }
+
+  void softmax(const float* logits, std::vector<float>& g) const {
+    const float largest = *std::max_element(logits, logits + gates);
+    for (size_t k = 0; k < g.size(); k += LANES) store(&g[k], exp_of(load(logits + k) - largest));
+    float sum = 0;
+    for (int64_t k = 0; k < gates; ++k) sum += g[k];
+    thread_local std::vector<float> sorted;
+    float least = 0;
+    if (most < gates) {
+      sorted.assign(g.begin(), g.begin() + gates);
+      std::nth_element(sorted.begin(), sorted.begin() + most - 1, sorted.end(), std::greater<>());
+      least = sorted[most - 1];
+    }
+    for (int64_t k = 0; k < gates; ++k) g[k] = g[k] < least ? 0.f : g[k] / sum;
+  }
+};
+
+}  // namespace polyrex
