@@ -116,6 +116,39 @@ def test_ranks_of_a_cut_module_add_up(random_experts: Experts, dim: str) -> None
     assert relative_rms(y, twin(random_experts, x, step, 0)) <= TOLERANCE[torch.float32]
 
 
+THREADED_SPECS = (
+    AdapterSpec("poly", rank=20, experts=5),
+    AdapterSpec("trex", rank=20, rank_out=5, form="static"),
+    AdapterSpec("trex", rank=3, rank_out=7),
+    AdapterSpec("sira", rank=2, experts=7),
+    AdapterSpec("tensorpoly-2", rank=3, experts=5),
+)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("spec", THREADED_SPECS, ids=lambda spec: spec.method + str(spec.form))
+def test_threads_share_the_work(spec: AdapterSpec, threads: int, dtype: torch.dtype) -> None:
+    """Few tokens: they share the matrices. Many: some have tokens of their own, some none."""
+    torch.set_num_threads(threads)
+    experts = {i: drawn(spec, TargetModule(str(i), 45, 70 + i), i) for i in range(2)}
+    slices = [
+        replace(Slice.whole(i, e), columns=slice(71 * i, 71 * i + 70 + i))
+        for i, e in experts.items()
+    ]
+    layer = serve_layer(slices, dtype, CPU)
+    table = filled(experts[0], 2, make_planner([layer], experts[0], 0))
+    for count in (1, 12, 33, 300, 700):
+        slots = torch.randint(4, (count,), generator=torch.Generator().manual_seed(count)).tolist()
+        slots[0] = 1
+        x, step = tokens(45, dtype, count), step_of(table, slots, dtype)
+        y = torch.zeros(count, 142, dtype=dtype)
+        layer.add_(y, x, step)
+        for i, own in experts.items():
+            part = slices[i].columns
+            assert relative_rms(y[:, part], twin(own, x, step, i)) <= TOLERANCE[dtype]
+
+
 def test_empty_batch(random_experts: Experts) -> None:
     layer = serve_layer([Slice.whole(0, random_experts)], torch.float32, CPU)
     step = StepRouting(
