@@ -11,6 +11,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <omp.h>
 #include <torch/library.h>
 
@@ -31,9 +32,18 @@ constexpr int64_t OWN_TOKENS = 128;
 // So many values of the B side meet all tokens before the next do: they stay in the L2 cache.
 constexpr int64_t CACHED_VALUES = 256 << 10;
 
+// The pieces of a part are summed in so many sums, which are then added: always in this order, so
+// that a token's result depends neither on the batch nor on how many threads share the work.
+constexpr int64_t SUMS = 4;
+
 // Some consecutive panels of one part.
 struct Piece {
   int64_t part, panel, panels;
+};
+
+// Pieces of one part that are one thread's work, for every token, and which sum they go to.
+struct Share {
+  int64_t first, last, sum;
 };
 
 // Room for `size` inputs of the calling thread, kept for its next call.
@@ -57,12 +67,24 @@ class AddToRows {
       : y(y.data_ptr<Weight>()), y_stride(y.stride(0)), x(x.const_data_ptr<Weight>()),
         x_stride(x.stride(0)), tokens(x.size(0)), mix(mix), a(a.const_data_ptr<Weight>()),
         b(b.const_data_ptr<Weight>()), a_parts(a_parts), b_parts(b_parts), hidden_size(hidden_size),
-        a_pieces(pieces(this->a_parts)), b_pieces(pieces(this->b_parts)) {}
+        a_pieces(pieces(this->a_parts)), b_pieces(pieces(this->b_parts)) {
+    for (int64_t first = 0, last; first < count(a_pieces); first = last) {
+      const int64_t part = a_pieces[first].part;
+      for (last = first; last < count(a_pieces) && a_pieces[last].part == part;) ++last;
+      // Parts that share an h have sums of their own.
+      int64_t sum = 0;
+      for (int64_t p = 0; p < part; ++p)
+        if (this->a_parts[p].hidden == this->a_parts[part].hidden) sum += SUMS;
+      const int64_t here = std::min(SUMS, last - first);
+      for (int64_t i = 0; i < here; ++i)
+        shares.push_back({first + share(last - first, i, here), first + share(last - first, i + 1, here), sum + i});
+      sums = std::max(sums, sum + here);
+    }
+  }
 
   void run() {
     const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-    const int64_t most = std::min<int64_t>(threads, a_pieces.size());
-    const Tensor scratch = at::empty({most * tokens * hidden_size}, at::kFloat);
+    const Tensor scratch = at::zeros({sums * tokens * hidden_size}, at::kFloat);
     hidden = scratch.data_ptr<float>();
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -72,14 +94,14 @@ class AddToRows {
       const int64_t blocks = (tokens + Block::ROWS - 1) / Block::ROWS;
       const int64_t begin = share(blocks, group, groups) * Block::ROWS;
       const int64_t end = std::min(share(blocks, group + 1, groups) * Block::ROWS, tokens);
-      const int64_t sums = std::min<int64_t>(members, a_pieces.size());
-      if (group < groups && member < sums) shrink(begin, end, member, sums);
+      if (group < groups) shrink(begin, end, member, members);
 #pragma omp barrier
-      if (group < groups) expand(begin, end, member, members, sums);
+      if (group < groups) expand(begin, end, member, members);
     }
   }
 
  private:
+  static int64_t count(const std::vector<Piece>& pieces) { return pieces.size(); }
   // Two panels at a time.
   static std::vector<Piece> pieces(const Parts& parts) {
     std::vector<Piece> found;
@@ -91,32 +113,32 @@ class AddToRows {
   static const Weight* panel(const Weight* side, const Part& part, int64_t number) {
     return side + part.start + number * part.depth * LANES;
   }
-  float* hidden_of(int64_t member, int64_t token) const {
-    return hidden + (member * tokens + token) * hidden_size;
+  float* hidden_of(int64_t sum, int64_t token) const {
+    return hidden + (sum * tokens + token) * hidden_size;
   }
 
-  // h_t = sum_e w_te (A_e x_t), this member's part of the sum.
+  // h_t = sum_e w_te (A_e x_t), this member's shares of the sum.
   void shrink(int64_t begin, int64_t end, int64_t member, int64_t members) {
-    const int64_t first = share(a_pieces.size(), member, members);
-    const int64_t last = share(a_pieces.size(), member + 1, members);
-    std::fill(hidden_of(member, begin), hidden_of(member, end), 0.f);
+    const int64_t first = share(shares.size(), member, members);
+    const int64_t last = share(shares.size(), member + 1, members);
+    if (first == last) return;
     Input* packed = nullptr;
     alignas(64) float out[Block::ROWS * 2 * LANES];
     for (int64_t t = begin; t < end; t += Block::ROWS) {
       const int64_t n = std::min<int64_t>(Block::ROWS, end - t);
       const Part* before = nullptr;
-      for (int64_t p = first; p < last;) {
-        const Part& part = a_parts[a_pieces[p].part];
+      for (int64_t own = first; own < last; ++own) {
+        const Part& part = a_parts[a_pieces[shares[own].first].part];
         Block block(part.depth);
         if (!before || before->begin != part.begin || before->length != part.length)
           packed = pack(block, t, n, part);
         before = &part;
-        for (; p < last && &a_parts[a_pieces[p].part] == &part; ++p) {
+        for (int64_t p = shares[own].first; p < shares[own].last; ++p) {
           const Piece& piece = a_pieces[p];
-          const Piece& next = a_pieces[p + 1 < last ? p + 1 : first];
+          const Piece& next = a_pieces[p + 1 < shares[last - 1].last ? p + 1 : shares[first].first];
           block(packed, n, panel(a, part, piece.panel), piece.panels,
                 panel(a, a_parts[next.part], next.panel), out);
-          gather(part, piece, t, n, member, out);
+          gather(part, piece, t, n, shares[own].sum, out);
         }
       }
     }
@@ -137,11 +159,11 @@ class AddToRows {
     return packed;
   }
 
-  void gather(const Part& part, const Piece& piece, int64_t first, int64_t n, int64_t member,
+  void gather(const Part& part, const Piece& piece, int64_t first, int64_t n, int64_t sum,
               const float* out) const {
     const int64_t each = part.panels / mix.experts;  // panels of one expert
     for (int64_t i = 0; i < n; ++i) {
-      float* h = hidden_of(member, first + i) + part.hidden;
+      float* h = hidden_of(sum, first + i) + part.hidden;
       const float* weights = part.offset < 0 ? nullptr : mix.routing.of(first + i, part.offset);
       for (int64_t p = 0; p < piece.panels; ++p) {
         const int64_t panel = piece.panel + p;
@@ -153,7 +175,7 @@ class AddToRows {
   }
 
   // y_t += B mix(h_t), this member's columns.
-  void expand(int64_t begin, int64_t end, int64_t member, int64_t members, int64_t sums) {
+  void expand(int64_t begin, int64_t end, int64_t member, int64_t members) {
     const int64_t last = share(b_pieces.size(), member + 1, members);
     alignas(64) float out[Block::ROWS * 2 * LANES];
     for (int64_t first = share(b_pieces.size(), member, members), until; first < last; first = until) {
@@ -164,7 +186,7 @@ class AddToRows {
       Block block(part.depth);
       for (int64_t t = begin; t < end; t += Block::ROWS) {
         const int64_t n = std::min<int64_t>(Block::ROWS, end - t);
-        const Input* packed = spread(block, t, n, b_pieces[first].part, sums);
+        const Input* packed = spread(block, t, n, b_pieces[first].part);
         for (int64_t p = first; p < until; ++p) {
           const Piece& piece = b_pieces[p];
           const Piece& next = b_pieces[p + 1 < last ? p + 1 : first];
@@ -181,17 +203,16 @@ class AddToRows {
   }
 
   // What a matrix of the B side is applied to.
-  const Input* spread(const Block& block, int64_t first, int64_t n, int64_t number,
-                      int64_t sums) const {
+  const Input* spread(const Block& block, int64_t first, int64_t n, int64_t number) const {
     const Part& part = b_parts[number];
     Input* packed = room<Input>(n * part.depth);
     const int64_t reads = mix.reads(part);
     std::vector<float> h(reads), mixed(part.depth);
     for (int64_t i = 0; i < n; ++i) {
       std::fill(h.begin(), h.end(), 0.f);
-      for (int64_t member = 0; member < sums; ++member)
+      for (int64_t sum = 0; sum < sums; ++sum)
         for (int64_t k = 0; k < reads; k += LANES)
-          store(&h[k], load(&h[k]) + load(hidden_of(member, first + i) + part.hidden + k));
+          store(&h[k], load(&h[k]) + load(hidden_of(sum, first + i) + part.hidden + k));
       mix(h.data(), first + i, part, number, mixed.data());
       for (int64_t k = 0; k < part.depth; k += LANES)
         store(block.at(packed, n, i, k), load(&mixed[k]));
@@ -208,7 +229,9 @@ class AddToRows {
   const Parts a_parts, b_parts;
   const int64_t hidden_size;
   const std::vector<Piece> a_pieces, b_pieces;
-  float* hidden = nullptr;
+  std::vector<Share> shares;  // of the A side
+  int64_t sums = 0;
+  float* hidden = nullptr;  // [sums, tokens, hidden_size]
 };
 
 template <typename Mix>

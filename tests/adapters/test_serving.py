@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -147,6 +148,24 @@ def test_threads_share_the_work(spec: AdapterSpec, threads: int, dtype: torch.dt
         for i, own in experts.items():
             part = slices[i].columns
             assert relative_rms(y[:, part], twin(own, x, step, i)) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("spec", THREADED_SPECS, ids=lambda spec: spec.method + str(spec.form))
+def test_a_token_has_one_result(spec: AdapterSpec) -> None:
+    """To the last bit, whoever else is in the batch, however many threads there are."""
+    experts = drawn(spec, TargetModule("m", 45, 70), 0)
+    layer = serve_layer([Slice.whole(0, experts)], torch.float32, CPU)
+    table = filled(experts, 1, make_planner([layer], experts, 0))
+    x = tokens(45, torch.float32, 700)
+    results = []
+    for threads, count in itertools.product((1, 2, 3, 5), (1, 12, 33, 700)):
+        torch.set_num_threads(threads)
+        slots = [2, *torch.randint(4, (count - 1,)).tolist()]
+        y = torch.zeros(count, 70)
+        layer.add_(y, x[:count], step_of(table, slots, torch.float32))
+        results.append(y[0])
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert results[0].abs().max() > 0
 
 
 def test_empty_batch(random_experts: Experts) -> None:
