@@ -24,7 +24,6 @@ class TensorPolyXExperts(Experts):
     the right bond. `W_t[i_1..i_N, j_1..j_N m] = sum over bonds of prod_n w_t,n,e_n core_n[i_n, e_n,
     j_n, e_(n+1)]`, the first bond summed over as well, cut to `[d_in, d_out]`. W_t is never built:
     tokens are contracted with one core after the other, and weighted by their routing in between.
-    Only the first core, whose left bond no token reads, is weighted once a task.
     """
 
     method = "tensorpoly-x"
@@ -61,40 +60,23 @@ class TensorPolyXExperts(Experts):
             self.tensor_weights[-1].copy_(last)
 
     def operands(self, dtype: torch.dtype) -> Operands:
-        # [left bond * output digit, input digit * right bond], the last [bond * output, input]
-        cores = [core.permute(1, 2, 0, 3).flatten(2) for core in self.tensor_weights[:-1]]
-        last = self.tensor_weights[-1] * (self.gate / self.spec.rank)
-        cores.append(last.permute(1, 2, 3, 0).flatten(1, 2))
-        return tuple(core.flatten(0, 1).to(dtype).contiguous() for core in cores)
+        # [left bond * input digit, output digit * right bond]: what one product contracts
+        cores = [core.transpose(0, 1).flatten(0, 1).flatten(1) for core in self.tensor_weights]
+        cores[-1] = cores[-1] * (self.gate / self.spec.rank)
+        return tuple(core.to(dtype).contiguous() for core in cores)
 
     def delta(self, operands: Operands, x: Tensor, routing: ModuleRouting) -> Tensor:
-        *cores, last = operands
-        order, tokens = len(operands), len(x)
-        experts, q = self.spec.experts, last.shape[1]
+        tokens, order, experts = len(x), len(operands), self.spec.experts
+        q = len(operands[0]) // experts
         weights = routing.token_weights.view(tokens, order, 1, experts, 1)
-        done, left = len(last) // experts, q ** (order - 1)  # output digits there, input's left
-        digits = F.pad(x, (0, q * left - x.shape[-1])).view(tokens, left, q)
-        # From the last digit to the first, so that what comes out lies as the next product wants
-        # it: [T, input digits left, bond, output digits there].
-        state = F.linear(digits, last).view(tokens, left, experts, done)
-        for n in range(order - 2, 0, -1):
-            left //= q
-            weighted = (state * weights[:, n + 1]).view(tokens, left, q * experts, done)
+        rest, done = q**order, 1  # input digits still there, output digits already there
+        state = F.pad(x, (0, rest - x.shape[-1])).view(tokens, done, 1, rest)
+        state = state.expand(tokens, done, experts, rest)
+        for n, core in enumerate(operands):
+            rest //= q
+            weighted = (state * weights[:, n]).reshape(tokens, done, experts * q, rest)
+            product = torch.matmul(weighted.transpose(-1, -2), core)  # [T, done, rest, q * bond]
+            state = product.view(tokens, done, rest, q, core.shape[1] // q).permute(0, 1, 3, 4, 2)
             done *= q
-            state = torch.matmul(cores[n], weighted).view(tokens, left, experts, done)
-        if cores:
-            first = self._first_core(cores[0], x, routing)
-            state = torch.matmul(first, state.view(tokens, q * experts, done))
-        else:
-            state = (state * weights[:, 0]).sum(2)
+            state = state.reshape(tokens, done, core.shape[1] // q, rest)
         return state.flatten(1)[:, : self.target.d_out]
-
-    def _first_core(self, core: Tensor, x: Tensor, routing: ModuleRouting) -> Tensor:
-        """[T, q, q * E]: the first core of each token's task, with both its bonds weighted."""
-        experts, q = self.spec.experts, len(core) // self.spec.experts
-        wide = torch.promote_types(x.dtype, torch.float32)
-        weights = routing.weights.to(wide)
-        left, right = weights[:, :experts], weights[:, None, None, experts : 2 * experts]
-        summed = (left @ core.to(wide).view(experts, -1)).view(-1, q, q, experts)
-        by_task = (summed * right).to(x.dtype).flatten(2)
-        return by_task if len(by_task) == 1 else by_task[routing.rows]
