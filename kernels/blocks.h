@@ -59,8 +59,16 @@ void multiply(
     for (int p = 0; p < PANELS; ++p) sum[row][p] = part[row][p];
 }
 
+// Copies `size` values: the `length` there are, then zeros.
+template <typename Input, typename From>
+void pack_row(Input* to, int64_t size, const From* from, int64_t length) {
+  int64_t k = 0;
+  for (; k + LANES <= std::min(size, length); k += LANES) copy(to + k, from + k);
+  for (; k < size; ++k) to[k] = k < length ? Input(from[k]) : Input(0);
+}
+
 // A block kernel multiplies up to ROWS rows of `depth` inputs with one or two panels. Its inputs are
-// packed once for all panels: in `at`, 16 of them lie from `column`, a multiple of 16.
+// packed once for all panels, row by row, with zeros up to a depth that is a multiple of 16.
 template <typename Weight>
 struct VectorBlock {
   using Input = float;
@@ -69,8 +77,9 @@ struct VectorBlock {
 
   explicit VectorBlock(int64_t depth) : depth(depth) {}
 
-  Input* at(Input* packed, int64_t /*rows*/, int64_t row, int64_t column) const {
-    return packed + row * depth + column;
+  template <typename From>
+  void pack(Input* packed, int64_t /*rows*/, int64_t row, const From* from, int64_t length) const {
+    pack_row(packed + row * depth, depth, from, length);
   }
 
   void operator()(const float* packed, int64_t rows, const Weight* w, int64_t panels,
@@ -109,9 +118,10 @@ struct TileBlock {
   ~TileBlock() { _tile_release(); }
 
   // A tile's rows lie one after the other.
-  Input* at(Input* packed, int64_t rows, int64_t row, int64_t column) const {
-    const int64_t within = column & (step - 1);
-    return packed + (column - within) * rows + row * step + within;
+  template <typename From>
+  void pack(Input* packed, int64_t rows, int64_t row, const From* from, int64_t length) const {
+    for (int64_t k = 0; k < depth; k += step)
+      pack_row(packed + k * rows + row * step, step, from + k, length - k);
   }
 
   void operator()(const BFloat16* packed, int64_t rows, const BFloat16* w, int64_t panels,

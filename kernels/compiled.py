@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 _SOURCES = ("rank_space.cpp", "factored.cpp")
 _HEADERS = ("blocks.h", "mixes.h", "vectors.h")
-_COMPILE = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-fopenmp")
+_COMPILE = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-fvisibility=hidden", "-fopenmp")
 # OpenMP's symbols are found in the library that torch has loaded: a second one would bring a
 # second set of threads.
 _LINK = ("-shared", "-lc10", "-ltorch", "-ltorch_cpu")

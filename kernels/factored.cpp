@@ -97,6 +97,10 @@ void factored_add_(Tensor& y, const Tensor& x, const Tensor& leaves, const Tenso
           const auto [start, column, length, p, q, p_out, q_out] = part[m];
           const int64_t width = (q_out + LANES - 1) / LANES * LANES;
           const float* at = leaves.const_data_ptr<float>() + entry[t] * size + start;
+          // Tasks' leaves lie far apart: ask for what the next token reads.
+          if (t + 1 < to && entry[t + 1] >= 0)
+            for (int64_t k = 0; k < (p + q + p_out + width + 2) * LANES; k += LANES)
+              __builtin_prefetch(at + (entry[t + 1] - entry[t]) * size + k);
           const Leaves a(at, p, q, LANES), b(at + (p + q + 1) * LANES, p_out, width, LANES);
           const Floats hidden = factored_shrink(in.data(), d_in, q, a);
           factored_expand(out.data(), length, q_out, width, b, hidden);

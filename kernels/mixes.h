@@ -51,6 +51,10 @@ struct Routing {
     TORCH_CHECK(weights.is_contiguous() && rows.is_contiguous(), "expected contiguous routing");
   }
   const float* of(int64_t token, int64_t offset) const { return weights + rows[token] * size + offset; }
+  // Asks for `count` weights that are read soon: a token's lie far from the next one's.
+  void fetch(int64_t token, int64_t offset, int64_t count) const {
+    for (int64_t k = 0; k < count; k += LANES) __builtin_prefetch(of(token, offset) + k);
+  }
 };
 
 // What happens between the two sides: from h_t, `reads` floats, to what a matrix of the B side is
@@ -62,6 +66,9 @@ struct MixExperts {
   int64_t experts;
 
   int64_t reads(const Part& part) const { return part.depth / experts; }
+  void fetch(int64_t token, const Part& part) const {
+    if (part.offset >= 0) routing.fetch(token, part.offset, experts);
+  }
   void operator()(const float* h, int64_t token, const Part& part, int64_t, float* mixed) const {
     const int64_t rank = reads(part);
     for (int64_t e = 0; e < experts; ++e) {
@@ -71,9 +78,18 @@ struct MixExperts {
   }
 };
 
-inline void mix_pairs(const float* h, const float* g, int64_t inner, int64_t outer, float* mixed) {
-  for (int64_t i = 0; i < inner; ++i)
-    for (int64_t j = 0; j < outer; ++j) mixed[j] += h[i] * g[i * outer + j];
+// mixed = G^T h, with G [inner, outer]; `depth`, whole vectors, is how many floats it writes.
+inline void mix_pairs(const float* h, const float* g, int64_t inner, int64_t outer, float* mixed,
+                      int64_t depth) {
+  int64_t j = 0;
+  for (; j + LANES <= outer; j += LANES) {
+    Floats sums[2] = {};
+    for (int64_t i = 0; i < inner; ++i) sums[i % 2] += h[i] * load(g + i * outer + j);
+    store(mixed + j, sums[0] + sums[1]);
+  }
+  std::fill(mixed + j, mixed + depth, 0.f);
+  for (int64_t i = 0; i < inner && j < outer; ++i)
+    for (int64_t k = j; k < outer; ++k) mixed[k] += h[i] * g[i * outer + k];
 }
 
 // G_t^T h_t, with G_t [inner, outer] the token's weights.
@@ -83,9 +99,11 @@ struct MixPairs {
   static constexpr int64_t experts = 1;
 
   int64_t reads(const Part&) const { return (inner + LANES - 1) / LANES * LANES; }
+  void fetch(int64_t token, const Part& part) const {
+    routing.fetch(token, part.offset, inner * outer);
+  }
   void operator()(const float* h, int64_t token, const Part& part, int64_t, float* mixed) const {
-    std::fill(mixed, mixed + part.depth, 0.f);
-    mix_pairs(h, routing.of(token, part.offset), inner, outer, mixed);
+    mix_pairs(h, routing.of(token, part.offset), inner, outer, mixed, part.depth);
   }
 };
 
@@ -100,6 +118,7 @@ struct MixByToken {
 
   int64_t hidden() const { return (inner + LANES - 1) / LANES * LANES; }
   int64_t reads(const Part&) const { return hidden() + (gates + LANES - 1) / LANES * LANES; }
+  void fetch(int64_t token, const Part& part) const { routing.fetch(token, part.offset, 1 + gates); }
   void operator()(const float* h, int64_t token, const Part& part, int64_t number,
                   float* mixed) const {
     const float* row = routing.of(token, part.offset);
@@ -108,8 +127,8 @@ struct MixByToken {
     g.resize(reads(part) - hidden());
     softmax(h + hidden(), g);
     for (int64_t k = 0; k < gates; ++k) g[k] = by_token * g[k] + (by_task ? by_task * row[1 + k] : 0.f);
+    if (outer) return mix_pairs(h, g.data(), inner, outer, mixed, part.depth);
     std::fill(mixed, mixed + part.depth, 0.f);
-    if (outer) return mix_pairs(h, g.data(), inner, outer, mixed);
     for (int64_t k = 0; k < inner; ++k) mixed[k] = g[k % gates] * h[k];
   }
 

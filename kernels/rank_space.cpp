@@ -11,11 +11,12 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
+#include <c10/util/SmallVector.h>
 #include <omp.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "blocks.h"
@@ -27,7 +28,7 @@ namespace {
 using namespace polyrex;
 using at::Tensor;
 
-// From so many tokens a thread is better off with tokens of its own.
+// From so many tokens a thread is better off with tokens of its own, so many at a time.
 constexpr int64_t OWN_TOKENS = 128;
 // So many values of the B side meet all tokens before the next do: they stay in the L2 cache.
 constexpr int64_t CACHED_VALUES = 256 << 10;
@@ -46,21 +47,44 @@ struct Share {
   int64_t first, last, sum;
 };
 
-// Room for `size` inputs of the calling thread, kept for its next call.
-template <typename Input>
-Input* room(int64_t size) {
-  static thread_local std::vector<Input> kept;
-  if (static_cast<int64_t>(kept.size()) < size) kept.resize(size);
-  return kept.data();
+// What a thread keeps room for from call to call: to allocate takes as long as a small product.
+enum Use { INPUTS, HIDDEN, MIXED };
+
+// The calling thread's room for `size` values.
+template <Use USE, typename Value>
+Value* room(int64_t size) {
+  struct alignas(64) Line {
+    Value values[64 / sizeof(Value)];
+  };
+  static thread_local std::vector<Line> kept;
+  const size_t lines = (size * sizeof(Value) + 63) / 64;
+  if (kept.size() < lines) kept.resize(lines);
+  return kept.data()->values;
 }
 
 // Where a thread's share of `count` things begins, and with `member + 1` ends.
 int64_t share(int64_t count, int64_t member, int64_t members) { return count * member / members; }
 
+// The sums of h for some consecutive tokens, [sums, tokens, size], zeros at first.
+struct Hidden {
+  int64_t first, tokens, sums, size;
+  float* values;
+
+  Hidden(int64_t first, int64_t tokens, int64_t sums, int64_t size)
+      : first(first), tokens(tokens), sums(sums), size(size),
+        values(room<HIDDEN, float>(sums * tokens * size)) {
+    std::fill_n(values, sums * tokens * size, 0.f);
+  }
+  float* of(int64_t sum, int64_t token) const {
+    return values + (sum * tokens + token - first) * size;
+  }
+};
+
 template <typename Block, typename Weight, typename Mix>
 class AddToRows {
  public:
   using Input = typename Block::Input;
+  using Pieces = c10::SmallVector<Piece, 128>;
 
   AddToRows(Tensor& y, const Tensor& x, const Tensor& a, const Tensor& a_parts, const Tensor& b,
             const Tensor& b_parts, int64_t hidden_size, const Mix& mix)
@@ -77,15 +101,16 @@ class AddToRows {
         if (this->a_parts[p].hidden == this->a_parts[part].hidden) sum += SUMS;
       const int64_t here = std::min(SUMS, last - first);
       for (int64_t i = 0; i < here; ++i)
-        shares.push_back({first + share(last - first, i, here), first + share(last - first, i + 1, here), sum + i});
+        shares.push_back({first + share(last - first, i, here),
+                          first + share(last - first, i + 1, here), sum + i});
       sums = std::max(sums, sum + here);
     }
   }
 
   void run() {
     const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-    const Tensor scratch = at::zeros({sums * tokens * hidden_size}, at::kFloat);
-    hidden = scratch.data_ptr<float>();
+    std::optional<Hidden> together;
+    if (tokens < threads * OWN_TOKENS) together.emplace(0, tokens, sums, hidden_size);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
       const int64_t there = omp_get_num_threads(), thread = omp_get_thread_num();
@@ -94,17 +119,26 @@ class AddToRows {
       const int64_t blocks = (tokens + Block::ROWS - 1) / Block::ROWS;
       const int64_t begin = share(blocks, group, groups) * Block::ROWS;
       const int64_t end = std::min(share(blocks, group + 1, groups) * Block::ROWS, tokens);
-      if (group < groups) shrink(begin, end, member, members);
+      if (together) {
+        if (group < groups) shrink(begin, end, member, members, *together);
 #pragma omp barrier
-      if (group < groups) expand(begin, end, member, members);
+        if (group < groups) expand(begin, end, member, members, *together);
+      } else {
+        for (int64_t t = begin, until; t < end; t = until) {
+          until = std::min(t + OWN_TOKENS, end);
+          const Hidden own(t, until - t, sums, hidden_size);
+          shrink(t, until, 0, 1, own);
+          expand(t, until, 0, 1, own);
+        }
+      }
     }
   }
 
  private:
-  static int64_t count(const std::vector<Piece>& pieces) { return pieces.size(); }
+  static int64_t count(const Pieces& pieces) { return pieces.size(); }
   // Two panels at a time.
-  static std::vector<Piece> pieces(const Parts& parts) {
-    std::vector<Piece> found;
+  static Pieces pieces(const Parts& parts) {
+    Pieces found;
     for (int64_t p = 0; p < parts.count; ++p)
       for (int64_t panel = 0; panel < parts[p].panels; panel += 2)
         found.push_back({p, panel, std::min<int64_t>(2, parts[p].panels - panel)});
@@ -113,72 +147,58 @@ class AddToRows {
   static const Weight* panel(const Weight* side, const Part& part, int64_t number) {
     return side + part.start + number * part.depth * LANES;
   }
-  float* hidden_of(int64_t sum, int64_t token) const {
-    return hidden + (sum * tokens + token) * hidden_size;
-  }
 
   // h_t = sum_e w_te (A_e x_t), this member's shares of the sum.
-  void shrink(int64_t begin, int64_t end, int64_t member, int64_t members) {
+  void shrink(int64_t begin, int64_t end, int64_t member, int64_t members, const Hidden& hidden) {
     const int64_t first = share(shares.size(), member, members);
     const int64_t last = share(shares.size(), member + 1, members);
     if (first == last) return;
-    Input* packed = nullptr;
     alignas(64) float out[Block::ROWS * 2 * LANES];
     for (int64_t t = begin; t < end; t += Block::ROWS) {
       const int64_t n = std::min<int64_t>(Block::ROWS, end - t);
+      Input* packed = nullptr;
       const Part* before = nullptr;
       for (int64_t own = first; own < last; ++own) {
         const Part& part = a_parts[a_pieces[shares[own].first].part];
         Block block(part.depth);
-        if (!before || before->begin != part.begin || before->length != part.length)
-          packed = pack(block, t, n, part);
+        if (!before || before->begin != part.begin || before->length != part.length) {
+          packed = room<INPUTS, Input>(n * part.depth);
+          for (int64_t i = 0; i < n; ++i)
+            block.pack(packed, n, i, x + (t + i) * x_stride + part.begin, part.length);
+        }
         before = &part;
         for (int64_t p = shares[own].first; p < shares[own].last; ++p) {
           const Piece& piece = a_pieces[p];
           const Piece& next = a_pieces[p + 1 < shares[last - 1].last ? p + 1 : shares[first].first];
           block(packed, n, panel(a, part, piece.panel), piece.panels,
                 panel(a, a_parts[next.part], next.panel), out);
-          gather(part, piece, t, n, shares[own].sum, out);
+          for (int64_t i = 0; i < n; ++i)
+            gather(part, piece, t + i, hidden.of(shares[own].sum, t + i),
+                   out + i * piece.panels * LANES);
         }
       }
     }
   }
 
-  Input* pack(const Block& block, int64_t first, int64_t n, const Part& part) const {
-    Input* packed = room<Input>(n * part.depth);
-    for (int64_t i = 0; i < n; ++i) {
-      const Weight* from = x + (first + i) * x_stride + part.begin;
-      int64_t k = 0;
-      for (; k + LANES <= part.length; k += LANES)
-        copy(block.at(packed, n, i, k), from + k);
-      if (k < part.depth) {
-        Input* to = block.at(packed, n, i, k);
-        for (int64_t j = 0; j < LANES; ++j) to[j] = k + j < part.length ? Input(from[k + j]) : Input(0);
-      }
-    }
-    return packed;
-  }
-
-  void gather(const Part& part, const Piece& piece, int64_t first, int64_t n, int64_t sum,
+  // Adds a token's part of a product with a piece of the A side to its h.
+  void gather(const Part& part, const Piece& piece, int64_t token, float* h,
               const float* out) const {
     const int64_t each = part.panels / mix.experts;  // panels of one expert
-    for (int64_t i = 0; i < n; ++i) {
-      float* h = hidden_of(sum, first + i) + part.hidden;
-      const float* weights = part.offset < 0 ? nullptr : mix.routing.of(first + i, part.offset);
-      for (int64_t p = 0; p < piece.panels; ++p) {
-        const int64_t panel = piece.panel + p;
-        float* to = h + panel % each * LANES;
-        const Floats found = load(out + (i * piece.panels + p) * LANES);
-        store(to, load(to) + (weights ? weights[panel / each] * found : found));
-      }
+    const float* weights = part.offset < 0 ? nullptr : mix.routing.of(token, part.offset);
+    for (int64_t p = 0; p < piece.panels; ++p) {
+      const int64_t panel = piece.panel + p;
+      float* to = h + part.hidden + panel % each * LANES;
+      const Floats found = load(out + p * LANES);
+      store(to, load(to) + (weights ? weights[panel / each] * found : found));
     }
   }
 
   // y_t += B mix(h_t), this member's columns.
-  void expand(int64_t begin, int64_t end, int64_t member, int64_t members) {
+  void expand(int64_t begin, int64_t end, int64_t member, int64_t members, const Hidden& hidden) {
     const int64_t last = share(b_pieces.size(), member + 1, members);
     alignas(64) float out[Block::ROWS * 2 * LANES];
-    for (int64_t first = share(b_pieces.size(), member, members), until; first < last; first = until) {
+    int64_t first = share(b_pieces.size(), member, members);
+    for (int64_t until; first < last; first = until) {
       const Part& part = b_parts[b_pieces[first].part];
       const int64_t most = std::max<int64_t>(1, CACHED_VALUES / (2 * LANES * part.depth));
       for (until = first; until < std::min(last, first + most); ++until)
@@ -186,12 +206,16 @@ class AddToRows {
       Block block(part.depth);
       for (int64_t t = begin; t < end; t += Block::ROWS) {
         const int64_t n = std::min<int64_t>(Block::ROWS, end - t);
-        const Input* packed = spread(block, t, n, b_pieces[first].part);
+        const Input* packed = spread(block, t, n, b_pieces[first].part, hidden);
         for (int64_t p = first; p < until; ++p) {
           const Piece& piece = b_pieces[p];
           const Piece& next = b_pieces[p + 1 < last ? p + 1 : first];
-          block(packed, n, panel(b, part, piece.panel), piece.panels,
-                panel(b, b_parts[next.part], next.panel), out);
+          const Part& after = b_parts[next.part];
+          // The rows of y lie far apart: nothing else would ask for what the next piece adds to.
+          for (int64_t i = 0; i < n; ++i)
+            __builtin_prefetch(y + (t + i) * y_stride + after.begin + next.panel * LANES);
+          block(packed, n, panel(b, part, piece.panel), piece.panels, panel(b, after, next.panel),
+                out);
           const int64_t column = piece.panel * LANES;
           const int64_t width = std::min(piece.panels * LANES, part.length - column);
           for (int64_t i = 0; i < n; ++i)
@@ -203,19 +227,23 @@ class AddToRows {
   }
 
   // What a matrix of the B side is applied to.
-  const Input* spread(const Block& block, int64_t first, int64_t n, int64_t number) const {
+  const Input* spread(const Block& block, int64_t first, int64_t n, int64_t number,
+                      const Hidden& hidden) const {
     const Part& part = b_parts[number];
-    Input* packed = room<Input>(n * part.depth);
+    Input* packed = room<INPUTS, Input>(n * part.depth);
     const int64_t reads = mix.reads(part);
-    std::vector<float> h(reads), mixed(part.depth);
+    float* h = room<MIXED, float>(reads + part.depth);
+    float* mixed = h + reads;
     for (int64_t i = 0; i < n; ++i) {
-      std::fill(h.begin(), h.end(), 0.f);
-      for (int64_t sum = 0; sum < sums; ++sum)
-        for (int64_t k = 0; k < reads; k += LANES)
-          store(&h[k], load(&h[k]) + load(hidden_of(sum, first + i) + part.hidden + k));
-      mix(h.data(), first + i, part, number, mixed.data());
-      for (int64_t k = 0; k < part.depth; k += LANES)
-        store(block.at(packed, n, i, k), load(&mixed[k]));
+      mix.fetch(first + std::min(i + 2, n - 1), part);
+      for (int64_t k = 0; k < reads; k += LANES) {
+        Floats total = {};
+        for (int64_t sum = 0; sum < hidden.sums; ++sum)
+          total += load(hidden.of(sum, first + i) + part.hidden + k);
+        store(h + k, total);
+      }
+      mix(h, first + i, part, number, mixed);
+      block.pack(packed, n, i, mixed, part.depth);
     }
     return packed;
   }
@@ -228,10 +256,9 @@ class AddToRows {
   const Weight *const a, *const b;
   const Parts a_parts, b_parts;
   const int64_t hidden_size;
-  const std::vector<Piece> a_pieces, b_pieces;
-  std::vector<Share> shares;  // of the A side
+  const Pieces a_pieces, b_pieces;
+  c10::SmallVector<Share, 32> shares;  // of the A side
   int64_t sums = 0;
-  float* hidden = nullptr;  // [sums, tokens, hidden_size]
 };
 
 template <typename Mix>

@@ -92,6 +92,16 @@ class ModuleRouting:
         return self.step.run_weights[self.index]
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """The rows of a table that the tokens of one step read."""
+
+    slots: tuple[int, ...]  # [T]
+    position: dict[int, int]  # of each distinct slot among them
+    weights: Tensor
+    rows: Tensor
+
+
 class RoutingTable:
     """Routing weights on the device: `slots` rows of [M, W]; row 0 is the base model."""
 
@@ -106,12 +116,14 @@ class RoutingTable:
     ) -> None:
         self._planner = planner or SharedOnly()
         self._last = SHARED
+        self._gathered: Gathered | None = None
         self.weights = torch.zeros(slots, modules, width, device=device, dtype=dtype)
 
     def write(self, slot: int, weights: Tensor) -> None:
         """Fill one row with M * W `weights`. Slot 0 stays zero: it is what base requests read."""
         assert slot > 0, "slot 0 is the base model"
         self._planner.forget(slot)
+        self._gathered = None
         self.weights[slot].copy_(weights.view(self.weights.shape[1:]))
 
     def step(self, slots: Sequence[int], dtype: torch.dtype) -> StepRouting | None:
@@ -119,14 +131,20 @@ class RoutingTable:
 
         None when every token belongs to the base model: the layers then add nothing at all.
         """
-        distinct = sorted(set(slots))
-        if distinct in ([], [0]):
+        if not any(slots):
             return None
-        position = {slot: row for row, slot in enumerate(distinct)}
-        device = self.weights.device
-        rows = torch.tensor([position[slot] for slot in slots], device=device)
-        weights = self.weights[torch.tensor(distinct, device=device)].float()
-        plan = self._planner.plan(slots, position)
+        gathered = self._gather(tuple(slots))
+        plan = self._planner.plan(slots, gathered.position)
         log_change(self._last, plan)
         self._last = plan
-        return StepRouting(weights, rows, dtype, plan=plan)
+        return StepRouting(gathered.weights, gathered.rows, dtype, plan=plan)
+
+    def _gather(self, slots: tuple[int, ...]) -> Gathered:
+        """While the same requests go on, one step reads what the last one did."""
+        if self._gathered is None or self._gathered.slots != slots:
+            position = {slot: row for row, slot in enumerate(sorted(set(slots)))}
+            device = self.weights.device
+            rows = torch.tensor([position[slot] for slot in slots], device=device)
+            weights = self.weights[torch.tensor(list(position), device=device)].float()
+            self._gathered = Gathered(slots, position, weights, rows)
+        return self._gathered

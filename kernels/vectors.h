@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -24,7 +24,11 @@ inline Floats load(const float* at) { return *reinterpret_cast<const Floats*>(at
 inline void store(float* at, Floats value) { *reinterpret_cast<Floats*>(at) = value; }
 
 inline Floats load(const BFloat16* at) {
+#ifdef __AVX512F__  // compilers take several instructions for the conversion
+  Words bits = (Words)_mm512_cvtepu16_epi32(*reinterpret_cast<const __m256i_u*>(at)) << 16;
+#else
   Words bits = __builtin_convertvector(*reinterpret_cast<const Halves*>(at), Words) << 16;
+#endif
   return reinterpret_cast<Floats&>(bits);
 }
 
@@ -42,6 +46,7 @@ inline void store(BFloat16* at, Floats value) {
 
 inline void copy(float* to, const float* from) { store(to, load(from)); }
 inline void copy(float* to, const BFloat16* from) { store(to, load(from)); }
+inline void copy(BFloat16* to, const float* from) { store(to, load(from)); }
 inline void copy(BFloat16* to, const BFloat16* from) {
   *reinterpret_cast<Halves*>(to) = *reinterpret_cast<const Halves*>(from);
 }

@@ -41,7 +41,8 @@ class RoutedLayer:
         step = self._context.step
         if step is None:
             return
-        y, x = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        if x.dim() > 2:
+            y, x = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
         if self._gathered_ranks == 1:
             self._served.add_(y, x, step)
             return

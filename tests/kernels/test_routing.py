@@ -65,6 +65,23 @@ def test_step_keeps_its_weights_when_a_slot_is_written_again(table: RoutingTable
     assert torch.equal(step.module(1).weights[0], before[1])
 
 
+def test_steps_alike_read_what_was_written_between_them(table: RoutingTable) -> None:
+    for value in (7.0, 8.0):
+        table.write(2, torch.full((MODULES, WIDTH), value))
+        step = table.step([2, 0], torch.float32)
+        assert step is not None
+        assert torch.equal(step.module(1).token_weights[0], torch.full((WIDTH,), value))
+
+
+def test_steps_alike_share_what_they_gathered(table: RoutingTable) -> None:
+    first, again, other = (table.step(slots, torch.float32) for slots in ([2, 3], [2, 3], [3, 2]))
+    assert first is not None
+    assert again is not None
+    assert other is not None
+    assert again.weights is first.weights
+    assert torch.equal(other.module(0).token_weights, first.module(0).token_weights.flip(0))
+
+
 def test_slot_zero_cannot_be_written(table: RoutingTable) -> None:
     with pytest.raises(AssertionError, match="base model"):
         table.write(0, torch.ones(MODULES, WIDTH))
