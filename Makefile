@@ -38,7 +38,8 @@ bench: $(BIN)/.installed
 triton-table: $(BIN)/.vllm
 	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.kernels.triton_compile --out tests/results/triton_resources.md
 
-# Alone on the machine, about 40 minutes; ends with one line of JSON.
+# Alone on the machine, more than an hour; ARGS="--parts eager" measures one part. Ends with one
+# line of JSON.
 bench-vllm: $(BIN)/.vllm
 	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.server.engines.vllm_bench --out tests/results $(ARGS)
 

@@ -5,6 +5,10 @@ requests of the same lengths and tasks in turn, round after round, the one that 
 with again and again between them. A ratio is of one turn over the nearest turns, before and after,
 of what it is compared with; the median is reported. Every prompt is new, so that no prefix cache
 helps anybody. The last line is one JSON document.
+
+The benchmark has parts that need nothing of each other, and takes more than an hour. With `--out`,
+what a part gave is written down as soon as it ends; `--parts` measures some of them anew and leaves
+the others as they are.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +41,7 @@ from polyrex.server.bench import growth, machine, register, server_process
 from .vllm_bench_adapters import RANK, write_adapters
 from .vllm_bench_engines import IN_FLIGHT, Plain, Polyrex
 from .vllm_bench_meter import DECODE, PREFILL, Meter, Turn
-from .vllm_bench_report import write_report
+from .vllm_bench_report import read_document, write_report
 
 MAIN = {
     "tensorpoly-1": AdapterSpec("tensorpoly-1", rank=RANK, experts=8),
@@ -127,52 +131,120 @@ def prefill_turns(engines: dict[str, Any]) -> list[Turn]:
 
 
 @dataclass(frozen=True)
-class Meters:
-    """What one mode gave."""
+class Part:
+    """What one part of the benchmark gave."""
 
-    decode: Meter
-    prefill: Meter
-    add_lora: float  # vLLM's, median, in seconds
-
-
-async def compare(
-    model: str, inventories: dict[str, Inventory], adapters: Path, eager: bool, rounds: int
-) -> Meters:
-    """Measure one mode."""
-    names = MAIN if eager else ("tensorpoly-1",)
-    engines: dict[str, Starter] = {
-        "base": partial(Plain.start, model, eager),
-        "multilora": partial(Plain.start, model, eager, adapters),
-        **{name: partial(Polyrex.start, model, eager, inventories[name]) for name in names},
-    }
-    decode, prefill = Meter(), Meter()
-    async with started(engines) as running:
-        added = [await running["multilora"].add(task) for task in range(IN_FLIGHT)]
-        turns = decode_turns(running)
-        warm_up = Meter()
-        await warm_up.round(DECODE, turns)
-        for _ in range(rounds):
-            await decode.round(DECODE, turns)
-        for _ in range(2):
-            await prefill.round(PREFILL, prefill_turns(running))
-        slow = [("multilora distinct", running["multilora"], "distinct", IN_FLIGHT)]
-        await prefill.round(PREFILL, slow)  # minutes
-    return Meters(decode, prefill, statistics.median(added))
+    ratios: dict[str, float]  # that goals are set for
+    figures: dict[str, Any]
 
 
-async def one_task(model: str, inventories: dict[str, Inventory], rounds: int) -> dict[str, float]:
-    """Every other method, one task for all requests, over the base."""
+@dataclass(frozen=True)
+class Bench:
+    """What every part works with."""
+
+    model: str
+    rounds: int
+    adapters: Path  # PEFT folders, for vLLM
+    inventories: dict[str, Inventory]
+
+    @classmethod
+    def prepare(cls, folder: Path, rounds: int) -> Bench:
+        """Write random adapters and inventories for the default base model into `folder`."""
+        model = resolve_base(DEFAULT_BASE)
+        adapters = folder / "adapters"
+        write_adapters(Path(model), adapters, IN_FLIGHT)
+        specs = (MAIN | OTHERS).items()
+        found = {name: random_inventory(folder, name, spec, model) for name, spec in specs}
+        return cls(model, rounds, adapters, found)
+
+    async def mode(self, eager: bool) -> Part:
+        """All engines in one mode; of the compiled ones, those that the comparison is about."""
+        names = MAIN if eager else ("tensorpoly-1",)
+        engines: dict[str, Starter] = {
+            "base": partial(Plain.start, self.model, eager),
+            "multilora": partial(Plain.start, self.model, eager, self.adapters),
+            **{name: self.polyrex(name, eager) for name in names},
+        }
+        decode, prefill = Meter(), Meter()
+        async with started(engines) as running:
+            added = [await running["multilora"].add(task) for task in range(IN_FLIGHT)]
+            turns = decode_turns(running)
+            await Meter().round(DECODE, turns)
+            for _ in range(self.rounds):
+                await decode.round(DECODE, turns)
+            for _ in range(2):
+                await prefill.round(PREFILL, prefill_turns(running))
+            slow = [("multilora distinct", running["multilora"], "distinct", IN_FLIGHT)]
+            await prefill.round(PREFILL, slow)  # minutes
+        figures = {"decode": decode.medians(), "prefill": prefill.medians()}
+        if not eager:
+            found = comparisons(decode, prefill, names)
+            return Part({f"{key}_compiled": ratio for key, ratio in found.items()}, figures)
+        figures["one_task"] = {name: decode.ratio(f"{name} identical", "base") for name in MAIN}
+        figures["add_lora_ms_p50"] = round(1e3 * statistics.median(added), 1)
+        found = comparisons(decode, prefill, names) | alone(decode)
+        return Part(found, figures)
+
+    def polyrex(self, name: str, eager: bool) -> Starter:
+        return partial(Polyrex.start, self.model, eager, self.inventories[name])
+
+    async def one_task(self) -> Part:
+        """Every other method, one task for all requests, over the base."""
+        found = {}
+        async with started({"base": partial(Plain.start, self.model, True)}) as running:
+            for name in OTHERS:
+                async with started({name: self.polyrex(name, True)}) as own:
+                    meter = Meter()
+                    base: Turn = ("base", running["base"], "none", 0)
+                    turns = [base, (name, own[name], "identical", 1)]
+                    for number in range(self.rounds + 1):
+                        await (meter if number else Meter()).round(DECODE, turns)
+                    found[name] = meter.ratio(name, "base")
+        return Part({}, found)
+
+    async def registration(self) -> Part:
+        """What a task takes: to be registered where there are 10,000, and on the device."""
+        inventory = self.inventories["tensorpoly-1"]
+        seconds = await asyncio.to_thread(over_http, inventory, 10_000)
+        found = {
+            "register_ms_p50_10000_tasks": round(1e3 * seconds, 2),
+            "device_bytes_per_task": round(table_bytes(inventory, 10_000)),
+        }
+        return Part(found, {})
+
+    async def layers(self) -> Part:
+        """Layers of an 8B model, without a model."""
+        figures = await asyncio.to_thread(layers_8b)
+        return Part({"layer8b_overhead_distinct32": figures["overhead_distinct32"]}, figures)
+
+
+PARTS: dict[str, Callable[[Bench], Awaitable[Part]]] = {
+    "eager": partial(Bench.mode, eager=True),
+    "compiled": partial(Bench.mode, eager=False),
+    "one_task": Bench.one_task,
+    "registration": Bench.registration,
+    "layers": Bench.layers,
+}
+
+
+def comparisons(decode: Meter, prefill: Meter, names: Iterable[str]) -> dict[str, float]:
+    """32 distinct tasks over vLLM's multi-LoRA with as many, and over vLLM with LoRA off."""
     found = {}
-    async with started({"base": partial(Plain.start, model, True)}) as running:
-        for name in OTHERS:
-            start = partial(Polyrex.start, model, True, inventories[name])
-            async with started({name: start}) as own:
-                meter = Meter()
-                turns = [("base", running["base"], "none", 0), (name, own[name], "identical", 1)]
-                for number in range(rounds + 1):
-                    await (meter if number else Meter()).round(DECODE, turns)
-                found[name] = meter.ratio(name, "base")
+    for other, turn in {"multilora": "multilora distinct", "base": "base"}.items():
+        for name in names:
+            found[f"{name}_vs_{other}_distinct32"] = decode.ratio(f"{name} distinct", turn)
+        found[f"prefill_vs_{other}_distinct32"] = prefill.ratio("tensorpoly-1 distinct", turn)
     return found
+
+
+def alone(decode: Meter) -> dict[str, float]:
+    """An engine over the base where nothing is adapted, and over itself with fewer tasks."""
+    few = "tensorpoly-1 uniform of 32"
+    many = {
+        f"tasks{tasks}_vs_tasks32": decode.ratio(f"tensorpoly-1 uniform of {tasks}", few)
+        for tasks in (1_000, 10_000)
+    }
+    return {"idle_vs_base": decode.ratio("idle", "base"), **many}
 
 
 def over_http(inventory: Inventory, tasks: int) -> float:
@@ -192,71 +264,41 @@ def table_bytes(inventory: Inventory, tasks: int) -> float:
     return table.weights.nbytes / (1 + tasks)
 
 
-def ratios(eager: Meters, compiled: Meters, figures: dict[str, Any]) -> dict[str, float]:
-    """The figures that goals are set for, flat; of the eager engines where not named compiled."""
-    one = [eager.decode.ratio(f"{name} identical", "base") for name in MAIN]
-    against = {"multilora": "multilora distinct", "base": "base"}
-    found = {
-        f"{name}_vs_{other}_distinct32": eager.decode.ratio(f"{name} distinct", turn)
-        for name in MAIN
-        for other, turn in against.items()
-    }
-    found["one_task_vs_base_min"] = min(*one, *figures["one_task_vs_base"].values())
-    found["idle_vs_base"] = eager.decode.ratio("idle", "base")
-    for tasks in (1_000, 10_000):
-        found[f"tasks{tasks}_vs_tasks32"] = eager.decode.ratio(
-            f"tensorpoly-1 uniform of {tasks}", "tensorpoly-1 uniform of 32"
-        )
-    for other, turn in against.items():
-        found[f"prefill_vs_{other}_distinct32"] = eager.prefill.ratio("tensorpoly-1 distinct", turn)
-        for meter, of_what in ((compiled.decode, "tensorpoly-1"), (compiled.prefill, "prefill")):
-            key = f"{of_what}_vs_{other}_distinct32_compiled"
-            found[key] = meter.ratio("tensorpoly-1 distinct", turn)
-    found["layer8b_overhead_distinct32"] = figures["layers_8b"]["overhead_distinct32"]
-    for key in ("register_ms_p50_10000_tasks", "device_bytes_per_task"):
-        found[key] = figures[key]
-    return found
+def merged(document: dict[str, Any], name: str, part: Part) -> dict[str, Any]:
+    """The document with what a part gave, in place of what it gave before."""
+    ratios = document["ratios"] | part.ratios
+    figures = document["figures"] | {name: part.figures, "machine": machine()}
+    if {"eager", "one_task"} <= figures.keys():
+        every = figures["eager"]["one_task"] | figures["one_task"]
+        ratios["one_task_vs_base_min"] = min(every.values())
+    return {"ratios": ratios, "figures": figures}
 
 
-async def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Everything; the document that is printed."""
-    model = resolve_base(DEFAULT_BASE)
-    adapters = folder / "adapters"
-    write_adapters(Path(model), adapters, IN_FLIGHT)
-    inventories = {
-        name: random_inventory(folder, name, spec, model) for name, spec in (MAIN | OTHERS).items()
-    }
-    eager = await compare(model, inventories, adapters, True, options.rounds)
-    compiled = await compare(model, inventories, adapters, False, options.rounds)
-    http = await asyncio.to_thread(over_http, inventories["tensorpoly-1"], 10_000)
-    figures: dict[str, Any] = {
-        "machine": machine(),
-        **{
-            f"{work}_{mode}": getattr(meters, work).medians()
-            for work in ("decode", "prefill")
-            for mode, meters in (("eager", eager), ("compiled", compiled))
-        },
-        "one_task_vs_base": await one_task(model, inventories, options.rounds),
-        "layers_8b": layers_8b(),
-        "register_ms_p50_10000_tasks": round(1e3 * http, 2),
-        "vllm_add_lora_ms_p50": round(1e3 * eager.add_lora, 1),
-        "device_bytes_per_task": round(table_bytes(inventories["tensorpoly-1"], 10_000)),
-    }
-    return {"ratios": ratios(eager, compiled, figures), "figures": figures}
+async def measure(names: Sequence[str], rounds: int, out: Path | None) -> dict[str, Any]:
+    """Measure these parts; the whole document, which is kept in `out` meanwhile."""
+    document: dict[str, Any] = {"ratios": {}, "figures": {}}
+    if out and set(names) != set(PARTS):
+        document = read_document(out)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench.prepare(Path(folder), rounds)
+        for name in names:
+            document = merged(document, name, await PARTS[name](bench))
+            if out:
+                write_report(document, out)
+    return document
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--out", type=Path, help="folder for the JSON document, table and plot")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     options = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    with tempfile.TemporaryDirectory() as folder:
-        document = asyncio.run(measure(options, Path(folder)))
-    if options.out:
-        write_report(document, options.out)
-    print(json.dumps(document))
+    print(json.dumps(asyncio.run(measure(options.parts, options.rounds, options.out))))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +28,7 @@ from .vllm_engine import VllmEngine
 
 IN_FLIGHT = 32
 CONTEXT = 1024
-SIZES = VllmConfig(max_context=CONTEXT)
+SIZES = VllmConfig(max_context=CONTEXT, kv_cache_bytes=1 << 30)  # five engines at once
 
 
 class Contender(Protocol):
@@ -108,7 +109,7 @@ class Polyrex:
 
     @classmethod
     async def start(cls, model: str, eager: bool, inventory: Inventory) -> Polyrex:
-        config = VllmConfig(eager=eager, max_context=CONTEXT)
+        config = replace(SIZES, eager=eager)
         engine = VllmEngine(model, inventory, config, "bfloat16")
         await engine.start()
         return cls(engine, inventory)

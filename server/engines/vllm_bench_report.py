@@ -12,14 +12,27 @@ matplotlib.use("Agg")  # before pyplot: there may be no display
 import matplotlib.pyplot as plt
 
 COMMAND = "make bench-vllm"
+FILE = "bench_vllm.json"
+MODES = ("eager", "compiled")
+
+
+def read_document(folder: Path) -> dict[str, Any]:
+    """What an earlier run has written; an empty document where there is none."""
+    path = folder / FILE
+    if not path.exists():
+        return {"ratios": {}, "figures": {}}
+    document: dict[str, Any] = json.loads(path.read_text())
+    return document
 
 
 def write_report(document: dict[str, Any], folder: Path) -> None:
     """Write bench_vllm.json, bench_vllm.md and bench_vllm.png into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench_vllm.json").write_text(json.dumps(document, indent=2) + "\n")
+    (folder / FILE).write_text(json.dumps(document, indent=2) + "\n")
     (folder / "bench_vllm.md").write_text(markdown(document))
-    plot(document["figures"], folder / "bench_vllm.png")
+    modes = {key: document["figures"][key]["decode"] for key in MODES if key in document["figures"]}
+    if modes:
+        plot(modes, document["figures"]["machine"]["cpu"], folder / "bench_vllm.png")
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -28,16 +41,18 @@ def markdown(document: dict[str, Any]) -> str:
     about = ", ".join(f"{key} {value}" for key, value in figures["machine"].items())
     lines = [f"# polyrex on vLLM\n\nWritten by `{COMMAND}`. Machine: {about}.\n"]
     lines += _table("ratio", "value", document["ratios"])
-    for key in ("decode_eager", "decode_compiled", "prefill_eager", "prefill_compiled"):
-        lines += _table(f"{key.replace('_', ', ')}: run", "tokens/s", figures[key])
-    lines += _table(
-        "one task for all requests, eager: method", "/ base", figures["one_task_vs_base"]
-    )
-    lines += _table(
-        "layer shapes of an 8B model", "seconds", _flat(figures["layers_8b"]["seconds"])
-    )
-    add = figures["vllm_add_lora_ms_p50"]
-    lines.append(f"vLLM's `add_lora` of one adapter in the page cache: {add} ms (median).\n")
+    for mode in MODES:
+        for work in ("decode", "prefill"):
+            if mode in figures:
+                lines += _table(f"{work}, {mode}: run", "tokens/s", figures[mode][work])
+    if "eager" in figures:
+        one = figures["eager"]["one_task"] | figures.get("one_task", {})
+        lines += _table("one task for all requests, eager: method", "/ base", one)
+        add = figures["eager"]["add_lora_ms_p50"]
+        lines.append(f"vLLM's `add_lora` of one adapter in the page cache: {add} ms (median).\n")
+    if "layers" in figures:
+        seconds = _flat(figures["layers"]["seconds"])
+        lines += _table("layer shapes of an 8B model", "seconds", seconds)
     return "\n".join(lines)
 
 
@@ -54,19 +69,18 @@ def _flat(nested: dict[str, dict[str, float]]) -> dict[str, str]:
     }
 
 
-def plot(figures: dict[str, Any], path: Path) -> None:
-    """Throughput of every run of the two decode-heavy modes."""
-    modes = {"eager": figures["decode_eager"], "compiled": figures["decode_compiled"]}
-    names = list(modes["eager"])
+def plot(modes: dict[str, dict[str, float]], cpu: str, path: Path) -> None:
+    """Throughput of every decode-heavy run, by mode."""
+    names = list(dict.fromkeys(name for rates in modes.values() for name in rates))
     figure, axes = plt.subplots(figsize=(9, 0.35 * len(names) + 1.5))
-    for offset, (mode, rates) in zip((-0.2, 0.2), modes.items(), strict=True):
+    for offset, (mode, rates) in zip((-0.2, 0.2), modes.items(), strict=False):
         known = [number for number, name in enumerate(names) if name in rates]
         values = [rates[names[number]] for number in known]
         axes.barh([number + offset for number in known], values, 0.4, label=mode)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel("tokens/s, 32 requests of 17 + 32 tokens at once")
-    axes.set_title(f"SmolLM2-135M, bfloat16, {figures['machine']['cpu']}")
+    axes.set_title(f"SmolLM2-135M, bfloat16, {cpu}")
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
+from typing import Any
 
+from polyrex.server.engines.vllm_bench import MAIN, OTHERS, Part, alone, comparisons, merged
 from polyrex.server.engines.vllm_bench_engines import IN_FLIGHT
 from polyrex.server.engines.vllm_bench_meter import Meter, popular
+from polyrex.server.engines.vllm_bench_report import read_document, write_report
 
 
 def test_ratio_is_over_the_nearest_turns() -> None:
@@ -27,3 +31,45 @@ def test_popularities() -> None:
     zipf = popular("zipf", 10_000, draw)
     assert max(zipf.count(task) for task in zipf) == zipf.count(0) > 1
     assert set(zipf) <= set(range(10_000))
+
+
+def every_turn(rate: float) -> Meter:
+    """A meter of every turn that ratios need, all at one rate."""
+    names = ["base", "multilora distinct", "idle"]
+    names += [f"{name} {popularity}" for name in MAIN for popularity in ("distinct", "identical")]
+    names += [f"tensorpoly-1 uniform of {tasks}" for tasks in (32, 1_000, 10_000)]
+    return Meter(rates={name: {turn: rate} for turn, name in enumerate(names)}, turn=len(names))
+
+
+def mode(eager: bool) -> Part:
+    decode, prefill = every_turn(3.0), every_turn(4.0)
+    figures: dict[str, Any] = {"decode": decode.medians(), "prefill": prefill.medians()}
+    if eager:
+        figures |= {"one_task": dict.fromkeys(MAIN, 0.9), "add_lora_ms_p50": 80.0}
+    return Part(comparisons(decode, prefill, MAIN) | alone(decode), figures)
+
+
+def test_document_grows_by_parts(tmp_path: Path) -> None:
+    document = read_document(tmp_path)
+    document = merged(document, "eager", mode(True))
+    write_report(document, tmp_path)
+    assert read_document(tmp_path) == document
+    assert "one_task_vs_base_min" not in document["ratios"]
+    document = merged(document, "one_task", Part({}, dict.fromkeys(OTHERS, 0.8)))
+    assert document["ratios"]["one_task_vs_base_min"] == 0.8
+    for name in MAIN:
+        assert document["ratios"][f"{name}_vs_multilora_distinct32"] == 1.0
+    document = merged(document, "compiled", mode(False))
+    document = merged(document, "layers", Part({}, {"seconds": {"4096": {"base": 1e-3}}}))
+    write_report(document, tmp_path)
+    table = (tmp_path / "bench_vllm.md").read_text()
+    assert "| trex-mix | 0.8 |" in table
+    assert "prefill, compiled" in table
+    assert (tmp_path / "bench_vllm.png").stat().st_size > 0
+
+
+def test_part_that_is_measured_again_replaces_what_it_gave(tmp_path: Path) -> None:
+    first = merged(read_document(tmp_path), "layers", Part({"overhead": 0.1}, {"seconds": {}}))
+    again = merged(first, "layers", Part({"overhead": 0.2}, {"seconds": {"a": {"b": 1.0}}}))
+    assert again["ratios"] == {"overhead": 0.2}
+    assert again["figures"]["layers"] == {"seconds": {"a": {"b": 1.0}}}
