@@ -96,7 +96,7 @@ def serve_layer(slices: Sequence[Slice], dtype: torch.dtype, device: torch.devic
     if path == "delta":
         return DeltaLayer(slices, dtype)
     if space == "leaf":
-        return FactoredLayer([_factored(part) for part in slices])
+        return FactoredLayer([_factored(part) for part in slices], dtype)
     operands = [frozen_operands(part.experts, dtype) for part in slices]
     modules = [_module(*each) for each in zip(slices, operands, strict=True)]
     if path == "triton":

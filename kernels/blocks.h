@@ -59,14 +59,6 @@ void multiply(
     for (int p = 0; p < PANELS; ++p) sum[row][p] = part[row][p];
 }
 
-// Copies `size` values: the `length` there are, then zeros.
-template <typename Input, typename From>
-void pack_row(Input* to, int64_t size, const From* from, int64_t length) {
-  int64_t k = 0;
-  for (; k + LANES <= std::min(size, length); k += LANES) copy(to + k, from + k);
-  for (; k < size; ++k) to[k] = k < length ? Input(from[k]) : Input(0);
-}
-
 // A block kernel multiplies up to ROWS rows of `depth` inputs with one or two panels. Its inputs are
 // packed once for all panels, row by row, with zeros up to a depth that is a multiple of 16.
 template <typename Weight>
@@ -79,7 +71,7 @@ struct VectorBlock {
 
   template <typename From>
   void pack(Input* packed, int64_t /*rows*/, int64_t row, const From* from, int64_t length) const {
-    pack_row(packed + row * depth, depth, from, length);
+    copy_row(packed + row * depth, depth, from, length);
   }
 
   void operator()(const float* packed, int64_t rows, const Weight* w, int64_t panels,
@@ -102,7 +94,7 @@ struct VectorBlock {
 
 #ifdef __AMX_BF16__
 // The kernel lets a process use the tiles only after it has asked.
-bool tiles_allowed() {
+inline bool tiles_allowed() {
   constexpr int REQUEST = 0x1023, TILE_DATA = 18;
   static const bool allowed = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
   return allowed;
@@ -121,7 +113,7 @@ struct TileBlock {
   template <typename From>
   void pack(Input* packed, int64_t rows, int64_t row, const From* from, int64_t length) const {
     for (int64_t k = 0; k < depth; k += step)
-      pack_row(packed + k * rows + row * step, step, from + k, length - k);
+      copy_row(packed + k * rows + row * step, step, from + k, length - k);
   }
 
   void operator()(const BFloat16* packed, int64_t rows, const BFloat16* w, int64_t panels,

@@ -3,7 +3,9 @@
 
 #include <c10/util/BFloat16.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -49,6 +51,33 @@ inline void copy(float* to, const BFloat16* from) { store(to, load(from)); }
 inline void copy(BFloat16* to, const float* from) { store(to, load(from)); }
 inline void copy(BFloat16* to, const BFloat16* from) {
   *reinterpret_cast<Halves*>(to) = *reinterpret_cast<const Halves*>(from);
+}
+
+// Copies `size` values: the `length` there are, then zeros.
+template <typename Input, typename From>
+void copy_row(Input* to, int64_t size, const From* from, int64_t length) {
+  int64_t k = 0;
+  for (; k + LANES <= std::min(size, length); k += LANES) copy(to + k, from + k);
+  for (; k < size; ++k) to[k] = k < length ? Input(from[k]) : Input(0);
+}
+
+// So many rows of a matrix lie together: their values for a column are multiplied at once.
+template <typename Value>
+constexpr int64_t ROWS_TOGETHER = sizeof(float) / sizeof(Value);
+
+// sum + x^T rows, for 16 columns of the rows that lie together.
+inline Floats dot(Floats sum, const float* rows, const float* x) { return sum + *x * load(rows); }
+inline Floats dot(Floats sum, const BFloat16* rows, const BFloat16* x) {
+  const Words both = *reinterpret_cast<const Words*>(rows);
+  uint32_t two;
+  std::memcpy(&two, x, sizeof two);
+#ifdef __AVX512BF16__
+  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)both, (__m512bh)(Words{} + two));
+#else
+  Words even = both << 16, odd = both & 0xffff0000;
+  return sum + float(x[0]) * reinterpret_cast<Floats&>(even) +
+         float(x[1]) * reinterpret_cast<Floats&>(odd);
+#endif
 }
 
 // exp(x) for x up to 0, within 2e-7 of it, relatively.

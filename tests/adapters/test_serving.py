@@ -150,6 +150,21 @@ def test_threads_share_the_work(spec: AdapterSpec, threads: int, dtype: torch.dt
             assert relative_rms(y[:, part], twin(own, x, step, i)) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("d_in", "d_out"), [(576, 1536), (1537, 192), (2601, 10_001)])
+def test_leaves_of_many_rows(d_in: int, d_out: int, dtype: torch.dtype) -> None:
+    """Sides whose leaves are larger than the pieces that the operator works in, even and odd."""
+    experts = drawn(
+        AdapterSpec("tensorpoly-2", rank=3, experts=5), TargetModule("m", d_in, d_out), 0
+    )
+    layer = serve_layer([Slice.whole(0, experts)], dtype, CPU)
+    table = filled(experts, 1, make_planner([layer], experts, 0))
+    x, step = tokens(d_in, dtype), step_of(table, SLOTS, dtype)
+    y = torch.zeros(len(x), d_out, dtype=dtype)
+    layer.add_(y, x, step)
+    assert relative_rms(y, twin(experts, x, step, 0)) <= TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("spec", THREADED_SPECS, ids=lambda spec: spec.method + str(spec.form))
 def test_a_token_has_one_result(spec: AdapterSpec) -> None:
     """To the last bit, whoever else is in the batch, however many threads there are."""
