@@ -16,9 +16,9 @@ from .spec import AdapterSpec, TargetModule
 
 Operands = tuple[Tensor, ...]
 
-Space = Literal["rank", "pair", "token", "leaf"]
+Space = Literal["rank", "pair", "token", "leaf", "bond"]
 """What routing weights mix: experts' A and B sides, pairs of an A and a B side, with what tokens
-choose for themselves, or leaves."""
+choose for themselves, leaves, or the bonds of a tensor train."""
 
 
 class Experts(nn.Module):
@@ -40,9 +40,9 @@ class Experts(nn.Module):
         self.target = target
 
     @property
-    def space(self) -> Space | None:
-        """Where routing happens, for methods that have a compiled path (adapters/serving.py)."""
-        return None
+    @abstractmethod
+    def space(self) -> Space:
+        """Where routing happens, which chooses the kernel (adapters/serving.py)."""
 
     @property
     def routes_by_token(self) -> bool:

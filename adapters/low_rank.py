@@ -25,7 +25,7 @@ class RankSpaceExperts(Experts):
     """Experts whose delta is `B_t A_t x`, with A_t and B_t mixed from E experts on S blocks."""
 
     @property
-    def space(self) -> Space | None:
+    def space(self) -> Space:
         return "rank"
 
     @classmethod

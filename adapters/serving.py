@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Literal, Protocol
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from polyrex.kernels.compiled import why_not_compiled
 from polyrex.kernels.factored_layer import RANK, FactoredLayer, FactoredModule, FactoredSides
+from polyrex.kernels.kronecker_layer import KroneckerLayer, KroneckerModule
 from polyrex.kernels.plan import Kept, OwnStates, Planner, SharedOnly, SharedOrComposed
 from polyrex.kernels.rank_space_layer import LayerModule, PairSpaceLayer, RankSpaceLayer
 from polyrex.kernels.routing import StepRouting
@@ -27,6 +29,7 @@ from polyrex.kernels.token_space_layer import TokenSpaceLayer
 from .errors import TensorMismatch
 from .experts import Experts, Operands
 from .tensorpoly_2 import TensorPoly2Experts
+from .tensorpoly_x import TensorPolyXExperts
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +100,8 @@ def serve_layer(slices: Sequence[Slice], dtype: torch.dtype, device: torch.devic
         return DeltaLayer(slices, dtype)
     if space == "leaf":
         return FactoredLayer([_factored(part) for part in slices], dtype)
+    if space == "bond":
+        return KroneckerLayer([_kronecker(part) for part in slices], dtype)
     operands = [frozen_operands(part.experts, dtype) for part in slices]
     modules = [_module(*each) for each in zip(slices, operands, strict=True)]
     if path == "triton":
@@ -125,12 +130,10 @@ def choose_path(
     """
     experts = slices[0].experts
     spec, space = experts.spec, experts.space
-    if space is None:
-        return "delta", f"{spec.method} has no kernel"
     if device.type == "cuda":
         if find_spec("triton") is None:
             return "delta", "triton is not installed"
-        if space in ("leaf", "token") or (
+        if space in ("leaf", "bond", "token") or (
             experts.table_size(spec) > spec.experts and space == "rank"
         ):
             return "delta", f"{spec.method} has no layer on the Triton kernels"
@@ -141,7 +144,7 @@ def choose_path(
         return "delta", f"the compiled operators take float32 and bfloat16, not {dtype}"
     if space == "leaf" and spec.rank > RANK:
         return "delta", f"the compiled operator takes ranks up to {RANK}, not {spec.rank}"
-    if space == "leaf" and not all(part.is_whole for part in slices):
+    if space in ("leaf", "bond") and not all(part.is_whole for part in slices):
         return "delta", "the compiled operator takes whole modules"
     if reason := why_not_compiled():
         return "delta", reason
@@ -160,7 +163,7 @@ def make_planner(layers: Sequence[ServedLayer], experts: Experts, state_bytes: i
     logger.info(
         "%s: up to %d tasks kept ready, %.1f MB each", experts.method, kept.capacity, state / 1e6
     )
-    if experts.space == "leaf":
+    if experts.space in ("leaf", "bond"):
         return OwnStates(kept)
     return SharedOrComposed(kept, experts.spec.experts)
 
@@ -198,3 +201,12 @@ def _leaves(experts: TensorPoly2Experts, operands: Operands) -> Callable[[Tensor
         return FactoredSides(a.first, a.second, a.shift, b.first * scale, b.second, shift)
 
     return derive
+
+
+def _kronecker(part: Slice) -> KroneckerModule:
+    experts = part.experts
+    assert isinstance(experts, TensorPolyXExperts)
+    operands = frozen_operands(experts, torch.float32)
+    derive = partial(experts.factors, operands)
+    width = experts.table_size(experts.spec)
+    return KroneckerModule(part.index, width, experts.target.d_out, part.columns.start, derive)

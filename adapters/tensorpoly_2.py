@@ -24,7 +24,7 @@ class TensorPoly2Experts(TensorPoly1Experts):
     method = "tensorpoly-2"
 
     @property
-    def space(self) -> Space | None:
+    def space(self) -> Space:
         return "leaf"
 
     @classmethod

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from polyrex.kernels.kronecker_layer import KroneckerFactors
 from polyrex.kernels.routing import ModuleRouting
 
-from .experts import Experts, Operands, normalised_gates
+from .experts import Experts, Operands, Space, normalised_gates
 from .spec import AdapterSpec, TargetModule
 from .tensor_product import leaf_size
 
@@ -36,6 +38,10 @@ class TensorPolyXExperts(Experts):
         bonds = [experts] * (spec.order - 1) + [last]
         self.tensor_weights = nn.ParameterList(torch.empty(q, experts, q, bond) for bond in bonds)
         self.gate = nn.Parameter(torch.empty(()))
+
+    @property
+    def space(self) -> Space:
+        return "bond"
 
     @classmethod
     def routing_size(cls, spec: AdapterSpec) -> int:
@@ -65,6 +71,22 @@ class TensorPolyXExperts(Experts):
         cores[-1] = cores[-1] * (self.gate / self.spec.rank)
         return tuple(core.to(dtype).contiguous() for core in cores)
 
+    def factors(self, operands: Operands, weights: Tensor) -> KroneckerFactors:
+        """D tasks' W_t, from their rows of routing weights [D, W], cut at the bond in the middle.
+
+        The cores before the bond, and those behind it, are multiplied out.
+        """
+        order, experts = len(operands), self.spec.experts
+        q = len(operands[0]) // experts
+        by_order = weights.view(-1, order, experts, 1, 1, 1)
+        cores = [core.view(experts, q, q, -1) * by_order[:, n] for n, core in enumerate(operands)]
+        middle = order // 2
+        ones = weights.new_ones(len(weights), 1, 1, 1, experts)  # sums over the first bond
+        first = reduce(_joined, cores[:middle], ones).squeeze(1)
+        return KroneckerFactors(
+            first.permute(0, 3, 1, 2), reduce(_joined, cores[middle:]).flatten(3)
+        )
+
     def delta(self, operands: Operands, x: Tensor, routing: ModuleRouting) -> Tensor:
         tokens, order, experts = len(x), len(operands), self.spec.experts
         q = len(operands[0]) // experts
@@ -80,3 +102,11 @@ class TensorPolyXExperts(Experts):
             done *= q
             state = state.reshape(tokens, done, core.shape[1] // q, rest)
         return state.flatten(1)[:, : self.target.d_out]
+
+
+def _joined(left: Tensor, right: Tensor) -> Tensor:
+    """Contract the bond between two cores, [D, a, i, j, e] and [D, e, k, l, b].
+
+    The result is a core again, [D, a, i * k, j * l, b].
+    """
+    return torch.einsum("daije,deklb->daikjlb", left, right).flatten(4, 5).flatten(2, 3)

@@ -44,7 +44,7 @@ class TrexExperts(Experts):
             self.gate_raw = nn.Parameter(torch.empty(()))
 
     @property
-    def space(self) -> Space | None:
+    def space(self) -> Space:
         return "pair" if self.spec.form == "static" else "token"
 
     @property

@@ -19,8 +19,8 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 logger = logging.getLogger(__name__)
 
-_SOURCES = ("rank_space.cpp", "factored.cpp")
-_HEADERS = ("blocks.h", "mixes.h", "vectors.h")
+_SOURCES = ("rank_space.cpp", "factored.cpp", "kronecker.cpp")
+_HEADERS = ("blocks.h", "mixes.h", "room.h", "vectors.h")
 _COMPILE = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-fvisibility=hidden", "-fopenmp")
 # OpenMP's symbols are found in the library that torch has loaded: a second one would bring a
 # second set of threads.

@@ -6,17 +6,15 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <vector>
 
 #include "blocks.h"
+#include "room.h"
 #include "vectors.h"
 
 namespace {
 
 using namespace polyrex;
 using at::Tensor;
-
-int64_t rounded(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
 
 // A side of a task's adapter that is never built: row k is first_k (x) second_k - shift_k, cut.
 // Its leaves lie one after the other: first [p, R], second [q, R] or its transpose, of bfloat16 the
@@ -179,13 +177,14 @@ void factored_add(Tensor& y, const Tensor& x, const Tensor& leaves, const Part* 
   }
   at::parallel_for(0, x.size(0), 1, [&](int64_t from, int64_t to) {
     const Sides sides;
-    std::vector<Value> in(most_in);
-    std::vector<float> out(most_out);
+    Value* in = room<INPUTS, Value>(most_in);
+    std::fill(in + d_in, in + most_in, Value(0));
+    float* out = room<OUTPUTS, float>(most_out);
     for (int64_t t = from; t < to; ++t) {
       if (entry[t] < 0) continue;
-      copy_row(in.data(), d_in, x.const_data_ptr<Value>() + t * x.stride(0), d_in);
+      copy_row(in, d_in, x.const_data_ptr<Value>() + t * x.stride(0), d_in);
       Floats sums = {};
-      for (int64_t i = 0; i < d_in; i += LANES) sums += load(in.data() + i);  // zeros follow
+      for (int64_t i = 0; i < d_in; i += LANES) sums += load(in + i);  // zeros follow
       const float sum = total(sums);
       for (int64_t m = 0; m < modules; ++m) {
         const auto [start, column, length, p, q, p_out, q_out] = part[m];
@@ -196,9 +195,9 @@ void factored_add(Tensor& y, const Tensor& x, const Tensor& leaves, const Part* 
         if (t + 1 < to && entry[t + 1] >= 0)
           for (const Value* own = at; own < b.end; own += 64 / sizeof(Value))
             __builtin_prefetch(own + (entry[t + 1] - entry[t]) * size);
-        const Floats hidden = sides.shrink(in.data(), d_in, q, a) - load(a.shift) * sum;
-        sides.expand(out.data(), length, q_out, width, b, hidden, -total(hidden * load(b.shift)));
-        add_row(y.data_ptr<Value>() + t * y.stride(0) + column, out.data(), length);
+        const Floats hidden = sides.shrink(in, d_in, q, a) - load(a.shift) * sum;
+        sides.expand(out, length, q_out, width, b, hidden, -total(hidden * load(b.shift)));
+        add_row(y.data_ptr<Value>() + t * y.stride(0) + column, out, length);
       }
     }
   });

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .plan import Plan
 from .routing import StepRouting
+from .task_states import TaskStates, in_twos
 
 RANK = 16
 """The most rank rows that the operator holds in a register."""
@@ -71,61 +71,29 @@ class FactoredLayer:
             parts.append((start, module.column, module.d_out, *sizes))
             start += _state(empty, dtype).shape[1]
         self._parts = torch.tensor(parts)
-        self._states = torch.zeros(0, start, dtype=dtype)
-        self._keys: dict[int, object] = {}
-        self._ready: Plan | None = None
+        self._states = TaskStates(self._derive, start, dtype)
         self._add_ = torch.ops.polyrex.factored_add_.default
 
     @property
     def state_bytes(self) -> int:
         """What the leaves of one task take."""
-        return self._states.itemsize * self._states.shape[1]
+        return self._states.bytes_per_task
 
     def add_(self, y: Tensor, x: Tensor, step: StepRouting) -> None:
         """Add the adapters' part for x [T, d_in] to y [T, d], in place."""
-        # Without states every token would silently get the base model's answer.
-        assert step.plan.entries or not len(x), "the plan names no task's state"
-        if step.plan is not self._ready:
-            self._derive(step)
-        self._add_(y, x, self._states, self._parts, step.places)
+        self._add_(y, x, self._states.of(step), self._parts, step.places)
 
-    def _derive(self, step: StepRouting) -> None:
-        """Make the leaves of tasks that are new to this layer, all at once."""
-        fresh = [
-            (row, entry.place, entry.key)
-            for row, entry in step.plan.entries
-            if self._keys.get(entry.place) is not entry.key
-        ]
-        if fresh:
-            rows, places, keys = zip(*fresh, strict=True)
-            weights = step.weights[list(rows)]
-            sides = (module.derive(weights[:, module.index]) for module in self._modules)
-            self._states = _enlarged(self._states, max(places) + 1)
-            self._states[list(places)] = torch.cat([_state(side, self._dtype) for side in sides], 1)
-            self._keys.update(zip(places, keys, strict=True))
-        self._ready = step.plan
-
-
-def _enlarged(states: Tensor, places: int) -> Tensor:
-    if places <= len(states):
-        return states
-    larger = states.new_zeros(2 * places, states.shape[1])
-    larger[: len(states)] = states
-    return larger
+    def _derive(self, weights: Tensor) -> Tensor:
+        sides = (module.derive(weights[:, module.index]) for module in self._modules)
+        return torch.cat([_state(side, self._dtype) for side in sides], 1)
 
 
 def _state(sides: FactoredSides, dtype: torch.dtype) -> Tensor:
     """[D, size]: the operator's layout."""
     tasks, rank, _ = sides.a_first.shape
-    together = 4 // dtype.itemsize
 
     def columns(leaves: Tensor) -> Tensor:  # [D, r, n] -> [D, n, 16]
         return F.pad(leaves, (0, 0, 0, RANK - rank)).transpose(1, 2)
-
-    def in_twos(matrix: Tensor) -> Tensor:  # [D, n, c] -> [D, n * c]
-        whole = F.pad(matrix, (0, 0, 0, -matrix.shape[1] % RANK))
-        rows = whole.view(tasks, -1, together, whole.shape[2])
-        return rows.transpose(2, 3).flatten(1).to(dtype)
 
     def shifts(shift: Tensor | None) -> Tensor:  # [D, 16] float32, as it lies in memory
         whole = torch.zeros(tasks, RANK)
@@ -134,7 +102,9 @@ def _state(sides: FactoredSides, dtype: torch.dtype) -> Tensor:
         return whole.view(dtype)
 
     widened = F.pad(sides.b_second, (0, -sides.b_second.shape[2] % RANK, 0, RANK - rank))
-    parts = [columns(sides.a_first).flatten(1).to(dtype), in_twos(columns(sides.a_second))]
+    second = columns(sides.a_second)
+    second = F.pad(second, (0, 0, 0, -second.shape[1] % RANK))
+    parts = [columns(sides.a_first).flatten(1).to(dtype), in_twos(second, dtype)]
     parts += [shifts(sides.a_shift), columns(sides.b_first).flatten(1).to(dtype)]
-    parts += [in_twos(widened), shifts(sides.b_shift)]
+    parts += [in_twos(widened, dtype), shifts(sides.b_shift)]
     return torch.cat(parts, 1).contiguous()

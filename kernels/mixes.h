@@ -98,7 +98,7 @@ struct MixPairs {
   int64_t inner, outer;
   static constexpr int64_t experts = 1;
 
-  int64_t reads(const Part&) const { return (inner + LANES - 1) / LANES * LANES; }
+  int64_t reads(const Part&) const { return rounded(inner, LANES); }
   void fetch(int64_t token, const Part& part) const {
     routing.fetch(token, part.offset, inner * outer);
   }
@@ -116,8 +116,8 @@ struct MixByToken {
   const float* scales;                // [P, 2]
   static constexpr int64_t experts = 1;
 
-  int64_t hidden() const { return (inner + LANES - 1) / LANES * LANES; }
-  int64_t reads(const Part&) const { return hidden() + (gates + LANES - 1) / LANES * LANES; }
+  int64_t hidden() const { return rounded(inner, LANES); }
+  int64_t reads(const Part&) const { return hidden() + rounded(gates, LANES); }
   void fetch(int64_t token, const Part& part) const { routing.fetch(token, part.offset, 1 + gates); }
   void operator()(const float* h, int64_t token, const Part& part, int64_t number,
                   float* mixed) const {

@@ -1,8 +1,8 @@
 """Which way each step runs its adapters, and the tasks whose adapters are kept ready for it.
 
 Rank-space methods can run a step `shared` (every token with the whole inventory) or `composed`
-(runs of tokens of one task, each with that task's own A and B, built once and kept). Factored
-methods always need a task's own leaves, which are small.
+(runs of tokens of one task, each with that task's own A and B, built once and kept). Methods whose
+weights are products of small factors always need a task's own factors.
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@
 
 #include <algorithm>
 #include <optional>
-#include <vector>
 
 #include "blocks.h"
 #include "mixes.h"
+#include "room.h"
 #include "vectors.h"
 
 namespace {
@@ -46,21 +46,6 @@ struct Piece {
 struct Share {
   int64_t first, last, sum;
 };
-
-// What a thread keeps room for from call to call: to allocate takes as long as a small product.
-enum Use { INPUTS, HIDDEN, MIXED };
-
-// The calling thread's room for `size` values.
-template <Use USE, typename Value>
-Value* room(int64_t size) {
-  struct alignas(64) Line {
-    Value values[64 / sizeof(Value)];
-  };
-  static thread_local std::vector<Line> kept;
-  const size_t lines = (size * sizeof(Value) + 63) / 64;
-  if (kept.size() < lines) kept.resize(lines);
-  return kept.data()->values;
-}
 
 // Where a thread's share of `count` things begins, and with `member + 1` ends.
 int64_t share(int64_t count, int64_t member, int64_t members) { return count * member / members; }

@@ -17,6 +17,8 @@ using at::BFloat16;
 
 constexpr int64_t LANES = 16;
 
+constexpr int64_t rounded(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
+
 using Floats = float __attribute__((vector_size(64), aligned(4), may_alias));
 using Words = uint32_t __attribute__((vector_size(64), aligned(4), may_alias));
 using Integers = int32_t __attribute__((vector_size(64), aligned(4), may_alias));
@@ -34,15 +36,30 @@ inline Floats load(const BFloat16* at) {
   return reinterpret_cast<Floats&>(bits);
 }
 
-inline void store(BFloat16* at, Floats value) {
+// Rounded to bfloat16, to nearest, ties to even.
+inline Halves halves(Floats value) {
 #ifdef __AVX512BF16__
-  *reinterpret_cast<Halves*>(at) = (Halves)_mm512_cvtneps_pbh(value);
+  return (Halves)_mm512_cvtneps_pbh(value);
 #else
   Words bits = reinterpret_cast<Words&>(value);
-  bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Words nan = (Words)(value != value);
-  bits = (nan & 0x7fc0) | (~nan & bits);
-  *reinterpret_cast<Halves*>(at) = __builtin_convertvector(bits, Halves);
+  return __builtin_convertvector((nan & 0x7fc0) | (~nan & bits), Halves);
+#endif
+}
+
+inline void store(BFloat16* at, Floats value) { *reinterpret_cast<Halves*>(at) = halves(value); }
+
+// 16 columns of two rows, in twos.
+inline void store_in_twos(BFloat16* at, Floats first, Floats second) {
+#ifdef __AVX512BF16__
+  const Words both = (Words)_mm512_cvtne2ps_pbh(second, first);  // first is the lower half
+  const Words low = Words{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  *reinterpret_cast<Words*>(at) =
+      (Words)_mm512_permutexvar_epi16((__m512i)(low | (low + 16) << 16), (__m512i)both);
+#else
+  *reinterpret_cast<Words*>(at) = __builtin_convertvector(halves(first), Words) |
+                                  __builtin_convertvector(halves(second), Words) << 16;
 #endif
 }
 
@@ -56,9 +73,11 @@ inline void copy(BFloat16* to, const BFloat16* from) {
 // Copies `size` values: the `length` there are, then zeros.
 template <typename Input, typename From>
 void copy_row(Input* to, int64_t size, const From* from, int64_t length) {
+  const int64_t there = std::clamp<int64_t>(length, 0, size);
   int64_t k = 0;
-  for (; k + LANES <= std::min(size, length); k += LANES) copy(to + k, from + k);
-  for (; k < size; ++k) to[k] = k < length ? Input(from[k]) : Input(0);
+  for (; k + LANES <= there; k += LANES) copy(to + k, from + k);
+  for (; k < there; ++k) to[k] = Input(from[k]);
+  std::fill(to + k, to + size, Input(0));
 }
 
 // So many rows of a matrix lie together: their values for a column are multiplied at once.

@@ -31,7 +31,7 @@ class Services:
     started: int = field(default_factory=lambda: int(time.time()))
 
 
-def _of_app(request: Request) -> Services:
+async def _of_app(request: Request) -> Services:  # not async, it would run in a thread
     services: Services = request.app.state.services
     return services
 

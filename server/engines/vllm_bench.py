@@ -3,7 +3,8 @@
 All engines of one mode (eager, then compiled) are started first and stay; then they answer
 requests of the same lengths and tasks in turn, round after round, the one that others are compared
 with again and again between them. A ratio is of one turn over the nearest turns, before and after,
-of what it is compared with; the median is reported. Every prompt is new, so that no prefix cache
+of what it is compared with; the median is reported, with the quartiles. What takes minutes, or no
+goal is set for, is measured in every fourth round. Every prompt is new, so that no prefix cache
 helps anybody. The last line is one JSON document.
 
 The benchmark has parts that need nothing of each other, and takes more than an hour. With `--out`,
@@ -40,7 +41,7 @@ from polyrex.server.bench import growth, machine, register, server_process
 
 from .vllm_bench_adapters import RANK, write_adapters
 from .vllm_bench_engines import IN_FLIGHT, Plain, Polyrex
-from .vllm_bench_meter import DECODE, PREFILL, Meter, Turn
+from .vllm_bench_meter import DECODE, PREFILL, Comparison, Meter, Turn
 from .vllm_bench_report import read_document, write_report
 
 MAIN = {
@@ -96,28 +97,33 @@ async def started(engines: dict[str, Starter]) -> AsyncGenerator[dict[str, Any],
 def decode_turns(engines: dict[str, Any]) -> list[Turn]:
     """A round of the decode-heavy workload."""
     base: Turn = ("base", engines["base"], "none", 0)
-    ours = engines["tensorpoly-1"]
-
-    def theirs(popularity: str) -> Turn:
-        return f"multilora {popularity}", engines["multilora"], popularity, IN_FLIGHT
-
-    def many(tasks: int) -> Turn:
-        return f"tensorpoly-1 uniform of {tasks}", ours, "uniform", tasks
-
-    def zipf(tasks: int) -> Turn:
-        return f"tensorpoly-1 zipf of {tasks}", ours, "zipf", tasks
-
-    turns = [theirs("identical"), theirs("uniform"), theirs("zipf")]
+    turns = [base]
     for name in MAIN:
         if name in engines:
             distinct, identical = (
                 (f"{name} {popularity}", engines[name], popularity, IN_FLIGHT)
                 for popularity in ("distinct", "identical")
             )
-            turns += [theirs("distinct"), base, distinct, base, identical, base]
-    turns += [("idle", ours, "none", 0), base]
-    turns += [many(1_000), many(32), many(10_000), many(32), many(1)]
-    return [*turns, *(zipf(tasks) for tasks in (32, 10_000))]
+            turns += [distinct, base, identical, base]
+    ours = engines["tensorpoly-1"]
+    few, more, most = (
+        (f"tensorpoly-1 uniform of {tasks}", ours, "uniform", tasks)
+        for tasks in (32, 1_000, 10_000)
+    )
+    return [*turns, ("idle", ours, "none", 0), base, few, more, few, most, few]
+
+
+def rare_turns(engines: dict[str, Any]) -> list[Turn]:
+    """What is measured in every fourth round of the decode-heavy workload."""
+    theirs, ours = engines["multilora"], engines["tensorpoly-1"]
+    turns: list[Turn] = [
+        (f"multilora {popularity}", theirs, popularity, IN_FLIGHT)
+        for popularity in ("identical", "uniform", "zipf", "distinct")
+    ]
+    turns.append(("tensorpoly-1 uniform of 1", ours, "uniform", 1))
+    return turns + [
+        (f"tensorpoly-1 zipf of {tasks}", ours, "zipf", tasks) for tasks in (32, 10_000)
+    ]
 
 
 def prefill_turns(engines: dict[str, Any]) -> list[Turn]:
@@ -136,6 +142,14 @@ class Part:
 
     ratios: dict[str, float]  # that goals are set for
     figures: dict[str, Any]
+
+    @classmethod
+    def of(cls, found: dict[str, Comparison], figures: dict[str, Any]) -> Part:
+        """With the quartiles of comparisons among the figures."""
+        quartiles = {name: list(each.quartiles) for name, each in found.items()}
+        return cls(
+            {name: each.ratio for name, each in found.items()}, figures | {"quartiles": quartiles}
+        )
 
 
 @dataclass(frozen=True)
@@ -168,22 +182,24 @@ class Bench:
         decode, prefill = Meter(), Meter()
         async with started(engines) as running:
             added = [await running["multilora"].add(task) for task in range(IN_FLIGHT)]
-            turns = decode_turns(running)
-            await Meter().round(DECODE, turns)
-            for _ in range(self.rounds):
-                await decode.round(DECODE, turns)
-            for _ in range(2):
+            often, rarely = decode_turns(running), rare_turns(running)
+            await Meter().round(DECODE, often + rarely)
+            for number in range(self.rounds):
+                if number % 4 == 0:
+                    await decode.round(DECODE, rarely)
+                await decode.round(DECODE, often)
+            for _ in range(self.rounds // 2):
                 await prefill.round(PREFILL, prefill_turns(running))
             slow = [("multilora distinct", running["multilora"], "distinct", IN_FLIGHT)]
             await prefill.round(PREFILL, slow)  # minutes
         figures = {"decode": decode.medians(), "prefill": prefill.medians()}
+        found = comparisons(decode, prefill, names)
         if not eager:
-            found = comparisons(decode, prefill, names)
-            return Part({f"{key}_compiled": ratio for key, ratio in found.items()}, figures)
-        figures["one_task"] = {name: decode.ratio(f"{name} identical", "base") for name in MAIN}
+            return Part.of({f"{key}_compiled": each for key, each in found.items()}, figures)
+        one_task = {name: decode.compare(f"{name} identical", "base") for name in MAIN}
+        figures["one_task"] = {name: each.ratio for name, each in one_task.items()}
         figures["add_lora_ms_p50"] = round(1e3 * statistics.median(added), 1)
-        found = comparisons(decode, prefill, names) | alone(decode)
-        return Part(found, figures)
+        return Part.of(found | alone(decode), figures)
 
     def polyrex(self, name: str, eager: bool) -> Starter:
         return partial(Polyrex.start, self.model, eager, self.inventories[name])
@@ -199,7 +215,7 @@ class Bench:
                     turns = [base, (name, own[name], "identical", 1)]
                     for number in range(self.rounds + 1):
                         await (meter if number else Meter()).round(DECODE, turns)
-                    found[name] = meter.ratio(name, "base")
+                    found[name] = meter.compare(name, "base").ratio
         return Part({}, found)
 
     async def registration(self) -> Part:
@@ -227,24 +243,24 @@ PARTS: dict[str, Callable[[Bench], Awaitable[Part]]] = {
 }
 
 
-def comparisons(decode: Meter, prefill: Meter, names: Iterable[str]) -> dict[str, float]:
+def comparisons(decode: Meter, prefill: Meter, names: Iterable[str]) -> dict[str, Comparison]:
     """32 distinct tasks over vLLM's multi-LoRA with as many, and over vLLM with LoRA off."""
     found = {}
     for other, turn in {"multilora": "multilora distinct", "base": "base"}.items():
         for name in names:
-            found[f"{name}_vs_{other}_distinct32"] = decode.ratio(f"{name} distinct", turn)
-        found[f"prefill_vs_{other}_distinct32"] = prefill.ratio("tensorpoly-1 distinct", turn)
+            found[f"{name}_vs_{other}_distinct32"] = decode.compare(f"{name} distinct", turn)
+        found[f"prefill_vs_{other}_distinct32"] = prefill.compare("tensorpoly-1 distinct", turn)
     return found
 
 
-def alone(decode: Meter) -> dict[str, float]:
+def alone(decode: Meter) -> dict[str, Comparison]:
     """An engine over the base where nothing is adapted, and over itself with fewer tasks."""
     few = "tensorpoly-1 uniform of 32"
     many = {
-        f"tasks{tasks}_vs_tasks32": decode.ratio(f"tensorpoly-1 uniform of {tasks}", few)
+        f"tasks{tasks}_vs_tasks32": decode.compare(f"tensorpoly-1 uniform of {tasks}", few)
         for tasks in (1_000, 10_000)
     }
-    return {"idle_vs_base": decode.ratio("idle", "base"), **many}
+    return {"idle_vs_base": decode.compare("idle", "base"), **many}
 
 
 def over_http(inventory: Inventory, tasks: int) -> float:
@@ -293,7 +309,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--out", type=Path, help="folder for the JSON document, table and plot")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     options = parser.parse_args()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .vllm_bench_engines import IN_FLIGHT, Contender
 
@@ -32,6 +33,13 @@ Turn = tuple[str, Contender, str, int]
 """A name for the rates, who answers, the popularity of tasks, and how many tasks there are."""
 
 DECODE, PREFILL = Workload("decode", 17, 32), Workload("prefill", 512, 8)
+
+
+class Comparison(NamedTuple):
+    """How many times faster one was than the other: median and quartiles of all turns."""
+
+    ratio: float
+    quartiles: tuple[float, float]
 
 
 @dataclass
@@ -68,8 +76,8 @@ class Meter:
         assert found == IN_FLIGHT * work.new
         return work.tokens / (time.perf_counter() - started)
 
-    def ratio(self, over: str, under: str) -> float:
-        """Median of one's rates over the nearest rates, before and after, of the other."""
+    def compare(self, over: str, under: str) -> Comparison:
+        """One's rates over the nearest rates, before and after, of the other."""
 
         def near(turn: int) -> float:
             known = self.rates[under]
@@ -77,8 +85,10 @@ class Meter:
             after = min((t for t in known if t > turn), default=None)
             return statistics.mean(known[t] for t in (before, after) if t is not None)
 
-        found = (rate / near(turn) for turn, rate in self.rates[over].items())
-        return round(statistics.median(found), 3)
+        found = [rate / near(turn) for turn, rate in self.rates[over].items()]
+        quartiles = statistics.quantiles(found, method="inclusive") if len(found) > 1 else found * 3
+        low, ratio, high = (round(value, 3) for value in quartiles)
+        return Comparison(ratio, (low, high))
 
     def medians(self) -> dict[str, float]:
         return {

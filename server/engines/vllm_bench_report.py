@@ -40,7 +40,12 @@ def markdown(document: dict[str, Any]) -> str:
     figures = document["figures"]
     about = ", ".join(f"{key} {value}" for key, value in figures["machine"].items())
     lines = [f"# polyrex on vLLM\n\nWritten by `{COMMAND}`. Machine: {about}.\n"]
-    lines += _table("ratio", "value", document["ratios"])
+    spread: dict[str, list[float]] = {}
+    for mode in MODES:
+        spread |= figures.get(mode, {}).get("quartiles", {})
+    between = {name: f" ({low} to {high})" for name, (low, high) in spread.items()}
+    ratios = {name: f"{value}{between.get(name, '')}" for name, value in document["ratios"].items()}
+    lines += _table("ratio", "median (quartiles)", ratios)
     for mode in MODES:
         for work in ("decode", "prefill"):
             if mode in figures:

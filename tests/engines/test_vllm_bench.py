@@ -16,9 +16,9 @@ def test_ratio_is_over_the_nearest_turns() -> None:
     rates = {"base": {0: 10.0, 2: 20.0, 5: 40.0}, "ours": {1: 15.0, 3: 30.0, 6: 10.0}}
     meter = Meter(rates=rates, turn=7)
     # over 15, the mean of 10 and 20; over 30, of 20 and 40; over 40, the last
-    assert meter.ratio("ours", "base") == 1.0
+    assert meter.compare("ours", "base") == (1.0, (0.625, 1.0))
     rates["ours"] = {6: 10.0}
-    assert meter.ratio("ours", "base") == 0.25
+    assert meter.compare("ours", "base") == (0.25, (0.25, 0.25))
     assert meter.medians() == {"base": 20.0, "ours": 10.0}
 
 
@@ -46,7 +46,7 @@ def mode(eager: bool) -> Part:
     figures: dict[str, Any] = {"decode": decode.medians(), "prefill": prefill.medians()}
     if eager:
         figures |= {"one_task": dict.fromkeys(MAIN, 0.9), "add_lora_ms_p50": 80.0}
-    return Part(comparisons(decode, prefill, MAIN) | alone(decode), figures)
+    return Part.of(comparisons(decode, prefill, MAIN) | alone(decode), figures)
 
 
 def test_document_grows_by_parts(tmp_path: Path) -> None:
@@ -59,6 +59,7 @@ def test_document_grows_by_parts(tmp_path: Path) -> None:
     assert document["ratios"]["one_task_vs_base_min"] == 0.8
     for name in MAIN:
         assert document["ratios"][f"{name}_vs_multilora_distinct32"] == 1.0
+    assert document["figures"]["eager"]["quartiles"]["idle_vs_base"] == [1.0, 1.0]
     document = merged(document, "compiled", mode(False))
     document = merged(document, "layers", Part({}, {"seconds": {"4096": {"base": 1e-3}}}))
     write_report(document, tmp_path)
