@@ -56,8 +56,7 @@ def markdown(document: dict[str, Any]) -> str:
         add = figures["eager"]["add_lora_ms_p50"]
         lines.append(f"vLLM's `add_lora` of one adapter in the page cache: {add} ms (median).\n")
     if "layers" in figures:
-        seconds = _flat(figures["layers"]["seconds"])
-        lines += _table("layer shapes of an 8B model", "seconds", seconds)
+        lines += _layers(figures["layers"])
     return "\n".join(lines)
 
 
@@ -66,12 +65,19 @@ def _table(first: str, second: str, rows: dict[str, Any]) -> list[str]:
     return [f"| {first} | {second} |", "|---|---|", *body, ""]
 
 
-def _flat(nested: dict[str, dict[str, float]]) -> dict[str, str]:
-    """One row a shape: its columns in one cell."""
-    return {
-        shape: ", ".join(f"{name} {seconds:.2e}" for name, seconds in columns.items())
-        for shape, columns in nested.items()
-    }
+def _layers(layers: dict[str, Any]) -> list[str]:
+    """What 32 tasks add to the frozen product at an 8B model's shapes, beside the roofline's."""
+    columns = "base ms | shared adds | composed adds | roofline: base ms | shared | composed"
+    lines = [f"| layer of an 8B model | {columns} |", "|---" * 7 + "|"]
+    for shape, found in layers["seconds"].items():
+        seconds = found["base"], found["shared 32"], found["composed 32"]
+        predicted = [layers["predicted"][shape][path] for path in ("base", "shared", "composed")]
+        cells = (
+            f"{1e3 * base:.3g} | {shared / base:.0%} | {composed / base:.0%}"
+            for base, shared, composed in (seconds, predicted)
+        )
+        lines.append(f"| {shape} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def plot(modes: dict[str, dict[str, float]], cpu: str, path: Path) -> None:

@@ -61,11 +61,15 @@ def test_document_grows_by_parts(tmp_path: Path) -> None:
         assert document["ratios"][f"{name}_vs_multilora_distinct32"] == 1.0
     assert document["figures"]["eager"]["quartiles"]["idle_vs_base"] == [1.0, 1.0]
     document = merged(document, "compiled", mode(False))
-    document = merged(document, "layers", Part({}, {"seconds": {"4096": {"base": 1e-3}}}))
+    measured = {"base": 2e-3, "shared 32": 1e-4, "composed 32": 1e-3, "shared 8": 1e-4}
+    predicted = {"base": 1e-3, "shared": 1e-4, "composed": 1e-3}
+    layers = {"seconds": {"4096": measured}, "predicted": {"4096": predicted}}
+    document = merged(document, "layers", Part({}, layers))
     write_report(document, tmp_path)
     table = (tmp_path / "bench_vllm.md").read_text()
     assert "| trex-mix | 0.8 |" in table
     assert "prefill, compiled" in table
+    assert "| 4096 | 2 | 5% | 50% | 1 | 10% | 100% |" in table
     assert (tmp_path / "bench_vllm.png").stat().st_size > 0
 
 
