@@ -105,12 +105,7 @@ def decode_turns(engines: dict[str, Any]) -> list[Turn]:
                 for popularity in ("distinct", "identical")
             )
             turns += [distinct, base, identical, base]
-    ours = engines["tensorpoly-1"]
-    few, more, most = (
-        (f"tensorpoly-1 uniform of {tasks}", ours, "uniform", tasks)
-        for tasks in (32, 1_000, 10_000)
-    )
-    return [*turns, ("idle", ours, "none", 0), base, few, more, few, most, few]
+    return turns
 
 
 def rare_turns(engines: dict[str, Any]) -> list[Turn]:
@@ -124,6 +119,17 @@ def rare_turns(engines: dict[str, Any]) -> list[Turn]:
     return turns + [
         (f"tensorpoly-1 zipf of {tasks}", ours, "zipf", tasks) for tasks in (32, 10_000)
     ]
+
+
+def flat_turns(engines: dict[str, Any]) -> list[Turn]:
+    """Decode-heavy: nothing adapted, and more and more tasks registered."""
+    base, ours = engines["base"], engines["tensorpoly-1"]
+    few, more, most = (
+        (f"tensorpoly-1 uniform of {tasks}", ours, "uniform", tasks)
+        for tasks in (32, 1_000, 10_000)
+    )
+    plain: Turn = ("base", base, "none", 0)
+    return [plain, ("idle", ours, "none", 0), plain, few, more, few, most, few]
 
 
 def prefill_turns(engines: dict[str, Any]) -> list[Turn]:
@@ -199,7 +205,25 @@ class Bench:
         one_task = {name: decode.compare(f"{name} identical", "base") for name in MAIN}
         figures["one_task"] = {name: each.ratio for name, each in one_task.items()}
         figures["add_lora_ms_p50"] = round(1e3 * statistics.median(added), 1)
-        return Part.of(found | alone(decode), figures)
+        return Part.of(found, figures)
+
+    async def flat(self) -> Part:
+        """What should change nothing: ratios near 1, which take twice the rounds to tell."""
+        engines = {"base": partial(Plain.start, self.model, True)}
+        ours = {"tensorpoly-1": self.polyrex("tensorpoly-1", True)}
+        meter = Meter()
+        async with started(engines | ours) as running:
+            turns = flat_turns(running)
+            await Meter().round(DECODE, turns)
+            for _ in range(2 * self.rounds):
+                await meter.round(DECODE, turns)
+        few = "tensorpoly-1 uniform of 32"
+        many = {
+            f"tasks{tasks}_vs_tasks32": meter.compare(f"tensorpoly-1 uniform of {tasks}", few)
+            for tasks in (1_000, 10_000)
+        }
+        found = {"idle_vs_base": meter.compare("idle", "base")} | many
+        return Part.of(found, {"decode": meter.medians()})
 
     def polyrex(self, name: str, eager: bool) -> Starter:
         return partial(Polyrex.start, self.model, eager, self.inventories[name])
@@ -236,6 +260,7 @@ class Bench:
 
 PARTS: dict[str, Callable[[Bench], Awaitable[Part]]] = {
     "eager": partial(Bench.mode, eager=True),
+    "flat": Bench.flat,
     "compiled": partial(Bench.mode, eager=False),
     "one_task": Bench.one_task,
     "registration": Bench.registration,
@@ -251,16 +276,6 @@ def comparisons(decode: Meter, prefill: Meter, names: Iterable[str]) -> dict[str
             found[f"{name}_vs_{other}_distinct32"] = decode.compare(f"{name} distinct", turn)
         found[f"prefill_vs_{other}_distinct32"] = prefill.compare("tensorpoly-1 distinct", turn)
     return found
-
-
-def alone(decode: Meter) -> dict[str, Comparison]:
-    """An engine over the base where nothing is adapted, and over itself with fewer tasks."""
-    few = "tensorpoly-1 uniform of 32"
-    many = {
-        f"tasks{tasks}_vs_tasks32": decode.compare(f"tensorpoly-1 uniform of {tasks}", few)
-        for tasks in (1_000, 10_000)
-    }
-    return {"idle_vs_base": decode.compare("idle", "base"), **many}
 
 
 def over_http(inventory: Inventory, tasks: int) -> float:

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from polyrex.server.engines.vllm_bench import MAIN, OTHERS, Part, alone, comparisons, merged
+from polyrex.server.engines.vllm_bench import MAIN, OTHERS, Part, comparisons, merged
 from polyrex.server.engines.vllm_bench_engines import IN_FLIGHT
 from polyrex.server.engines.vllm_bench_meter import Meter, popular
 from polyrex.server.engines.vllm_bench_report import read_document, write_report
@@ -35,9 +35,8 @@ def test_popularities() -> None:
 
 def every_turn(rate: float) -> Meter:
     """A meter of every turn that ratios need, all at one rate."""
-    names = ["base", "multilora distinct", "idle"]
+    names = ["base", "multilora distinct"]
     names += [f"{name} {popularity}" for name in MAIN for popularity in ("distinct", "identical")]
-    names += [f"tensorpoly-1 uniform of {tasks}" for tasks in (32, 1_000, 10_000)]
     return Meter(rates={name: {turn: rate} for turn, name in enumerate(names)}, turn=len(names))
 
 
@@ -46,7 +45,7 @@ def mode(eager: bool) -> Part:
     figures: dict[str, Any] = {"decode": decode.medians(), "prefill": prefill.medians()}
     if eager:
         figures |= {"one_task": dict.fromkeys(MAIN, 0.9), "add_lora_ms_p50": 80.0}
-    return Part.of(comparisons(decode, prefill, MAIN) | alone(decode), figures)
+    return Part.of(comparisons(decode, prefill, MAIN), figures)
 
 
 def test_document_grows_by_parts(tmp_path: Path) -> None:
@@ -59,7 +58,7 @@ def test_document_grows_by_parts(tmp_path: Path) -> None:
     assert document["ratios"]["one_task_vs_base_min"] == 0.8
     for name in MAIN:
         assert document["ratios"][f"{name}_vs_multilora_distinct32"] == 1.0
-    assert document["figures"]["eager"]["quartiles"]["idle_vs_base"] == [1.0, 1.0]
+    assert document["figures"]["eager"]["quartiles"]["prefill_vs_base_distinct32"] == [1.0, 1.0]
     document = merged(document, "compiled", mode(False))
     measured = {"base": 2e-3, "shared 32": 1e-4, "composed 32": 1e-3, "shared 8": 1e-4}
     predicted = {"base": 1e-3, "shared": 1e-4, "composed": 1e-3}
