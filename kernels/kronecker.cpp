@@ -141,6 +141,8 @@ class KroneckerAdd {
         modules(parts.size(0)), entry(entry) {
     for (int64_t m = 0; m < modules; ++m) {
       const Part& part = this->parts[m];
+      TORCH_CHECK(part.p == this->parts[0].p && part.q == this->parts[0].q,
+                  "expected modules that read their input in the same rows");
       most_in = std::max(most_in, rounded(part.p, 32) * part.q + part.width());
       most_grid = std::max(most_grid, rounded(part.p, 32) * part.width());
       most_sums = std::max(most_sums, 32 * part.width());
@@ -152,12 +154,17 @@ class KroneckerAdd {
   void run() {
     at::parallel_for(0, tokens, 1, [&](int64_t from, int64_t to) {
       const Product product;
+      Value* grids = room<GRID, Value>(TOGETHER * most_grid);
       Value* between = room<HIDDEN, Value>(TOGETHER * most_between);
       for (int64_t begin = from; begin < to; begin += TOGETHER) {
         const int64_t end = std::min(begin + TOGETHER, to);
         for (int64_t m = 0; m < modules; ++m) {
-          for (int64_t t = begin; t < end; ++t)
-            if (entry[t] >= 0) contract(product, t, parts[m], between + (t - begin) * most_between);
+          for (int64_t t = begin; t < end; ++t) {
+            if (entry[t] < 0) continue;
+            Value* grid = grids + (t - begin) * most_grid;
+            if (m == 0) read(t, grid);
+            contract(product, t, parts[m], grid, between + (t - begin) * most_between);
+          }
           for (int64_t t = begin; t < end; ++t)
             if (entry[t] >= 0) expand(product, t, parts[m], between + (t - begin) * most_between);
           // Tasks' factors lie far apart: ask for what the next tokens read.
@@ -175,12 +182,16 @@ class KroneckerAdd {
     return Factors<Value>(states + entry[token] * size + part.start, part);
   }
 
-  // between_je = first_je X, in bfloat16 where the model is.
-  void contract(const Product& product, int64_t token, const Part& part, Value* between) const {
+  // X, which is the same for all modules of a layer: p and q follow from the input's size.
+  void read(int64_t token, Value* grid) const {
     Value* in = room<INPUTS, Value>(most_in);
     copy_row(in, most_in, x + token * x_stride, d_in);
-    Value* grid = room<GRID, Value>(most_grid);
-    lay_out(in, part, grid);
+    lay_out(in, parts[0], grid);
+  }
+
+  // between_je = first_je X, in bfloat16 where the model is.
+  void contract(const Product& product, int64_t token, const Part& part, const Value* grid,
+                Value* between) const {
     const Value* first = factors(token, part).first;
     const int64_t rows = part.p_out * part.bonds, depth = rounded(part.p, 32);
     const int64_t width = part.width(), gap = part.depth() - part.bonds * part.each();
