@@ -83,8 +83,10 @@ class SiraExperts(MoloraExperts):
 
     def gates(self, logits: Tensor) -> Tensor:
         gates = super().gates(logits)
-        kept, chosen = gates.topk(_top_k(self.spec), -1)
-        return torch.zeros_like(gates).scatter(-1, chosen, kept)
+        # stable, as the compiled operator is: of equal gates the first are kept
+        ordered, experts = gates.sort(dim=-1, descending=True, stable=True)
+        most = _top_k(self.spec)
+        return torch.zeros_like(gates).scatter(-1, experts[..., :most], ordered[..., :most])
 
 
 def _top_k(spec: AdapterSpec) -> int:

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polyrex.kernels.compiled import why_not_compiled
-from polyrex.kernels.factored_layer import RANK, FactoredLayer, FactoredModule, FactoredSides
-from polyrex.kernels.kronecker_layer import KroneckerLayer, KroneckerModule
+from polyrex.kernels.factored import RANK, FactoredSides
+from polyrex.kernels.own_state_layer import OwnStateLayer, OwnStateModule, State
 from polyrex.kernels.plan import Kept, OwnStates, Planner, SharedOnly, SharedOrComposed
 from polyrex.kernels.rank_space_layer import LayerModule, PairSpaceLayer, RankSpaceLayer
 from polyrex.kernels.routing import StepRouting
@@ -98,10 +98,8 @@ def serve_layer(slices: Sequence[Slice], dtype: torch.dtype, device: torch.devic
     space, (path, _) = slices[0].experts.space, choose_path(slices, dtype, device)
     if path == "delta":
         return DeltaLayer(slices, dtype)
-    if space == "leaf":
-        return FactoredLayer([_factored(part) for part in slices], dtype)
-    if space == "bond":
-        return KroneckerLayer([_kronecker(part) for part in slices], dtype)
+    if space in ("leaf", "bond"):
+        return OwnStateLayer([_own_state(part) for part in slices], dtype)
     operands = [frozen_operands(part.experts, dtype) for part in slices]
     modules = [_module(*each) for each in zip(slices, operands, strict=True)]
     if path == "triton":
@@ -185,28 +183,20 @@ def _module(part: Slice, operands: Operands) -> LayerModule:
     return LayerModule(part.index, a, b, part.inputs, part.outputs, part.columns.start)
 
 
-def _factored(part: Slice) -> FactoredModule:
+def _own_state(part: Slice) -> OwnStateModule:
     experts = part.experts
-    assert isinstance(experts, TensorPoly2Experts)
-    width = experts.table_size(experts.spec)
-    derive = _leaves(experts, frozen_operands(experts, torch.float32))
-    return FactoredModule(part.index, width, experts.target.d_out, part.columns.start, derive)
-
-
-def _leaves(experts: TensorPoly2Experts, operands: Operands) -> Callable[[Tensor], FactoredSides]:
-    def derive(weights: Tensor) -> FactoredSides:
-        a, b = experts.sides(operands, weights)
-        scale = operands[1]
-        shift = None if b.shift is None else b.shift * scale
-        return FactoredSides(a.first, a.second, a.shift, b.first * scale, b.second, shift)
-
-    return derive
-
-
-def _kronecker(part: Slice) -> KroneckerModule:
-    experts = part.experts
-    assert isinstance(experts, TensorPolyXExperts)
     operands = frozen_operands(experts, torch.float32)
-    derive = partial(experts.factors, operands)
+    if isinstance(experts, TensorPolyXExperts):
+        derive: Callable[[Tensor], State] = partial(experts.factors, operands)
+    else:
+        assert isinstance(experts, TensorPoly2Experts)
+        derive = partial(_leaves, experts, operands)
     width = experts.table_size(experts.spec)
-    return KroneckerModule(part.index, width, experts.target.d_out, part.columns.start, derive)
+    return OwnStateModule(part.index, width, experts.target.d_out, part.columns.start, derive)
+
+
+def _leaves(experts: TensorPoly2Experts, operands: Operands, weights: Tensor) -> FactoredSides:
+    a, b = experts.sides(operands, weights)
+    scale = operands[1]
+    shift = None if b.shift is None else b.shift * scale
+    return FactoredSides(a.first, a.second, a.shift, b.first * scale, b.second, shift)

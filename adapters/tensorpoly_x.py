@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polyrex.kernels.kronecker_layer import KroneckerFactors
+from polyrex.kernels.kronecker import KroneckerFactors
 from polyrex.kernels.routing import ModuleRouting
 
 from .experts import Experts, Operands, Space, normalised_gates
@@ -74,7 +74,8 @@ class TensorPolyXExperts(Experts):
     def factors(self, operands: Operands, weights: Tensor) -> KroneckerFactors:
         """D tasks' W_t, from their rows of routing weights [D, W], cut at the bond in the middle.
 
-        The cores before the bond, and those behind it, are multiplied out.
+        The cores before the bond, and those behind it, are multiplied out; of what they give for
+        outputs beyond d_out, nothing is kept.
         """
         order, experts = len(operands), self.spec.experts
         q = len(operands[0]) // experts
@@ -82,10 +83,10 @@ class TensorPolyXExperts(Experts):
         cores = [core.view(experts, q, q, -1) * by_order[:, n] for n, core in enumerate(operands)]
         middle = order // 2
         ones = weights.new_ones(len(weights), 1, 1, 1, experts)  # sums over the first bond
-        first = reduce(_joined, cores[:middle], ones).squeeze(1)
-        return KroneckerFactors(
-            first.permute(0, 3, 1, 2), reduce(_joined, cores[middle:]).flatten(3)
-        )
+        first = reduce(_joined, cores[:middle], ones).squeeze(1).permute(0, 3, 1, 2)
+        second = reduce(_joined, cores[middle:]).flatten(3)
+        rows = math.ceil(self.target.d_out / second.shape[3])
+        return KroneckerFactors(first[..., :rows], second)
 
     def delta(self, operands: Operands, x: Tensor, routing: ModuleRouting) -> Tensor:
         tokens, order, experts = len(x), len(operands), self.spec.experts

@@ -1,5 +1,5 @@
 // The CPU path of adapters whose sides are tensor products of a task's own leaves; the contract is
-// in kernels/factored_layer.py, the twin in adapters/tensor_product.py.
+// in kernels/factored.py, the twin in adapters/tensor_product.py.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>

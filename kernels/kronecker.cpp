@@ -1,5 +1,5 @@
 // The CPU path of adapters that are sums of Kronecker products; the contract is in
-// kernels/kronecker_layer.py, the twin in adapters/tensorpoly_x.py.
+// kernels/kronecker.py, the twin in adapters/tensorpoly_x.py.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>

@@ -5,9 +5,9 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
-#include <functional>
-#include <vector>
+#include <cmath>
 
+#include "room.h"
 #include "vectors.h"
 
 namespace polyrex {
@@ -123,28 +123,42 @@ struct MixByToken {
                   float* mixed) const {
     const float* row = routing.of(token, part.offset);
     const float by_token = scales[2 * number] * row[0], by_task = scales[2 * number + 1];
-    thread_local std::vector<float> g;
-    g.resize(reads(part) - hidden());
-    softmax(h + hidden(), g);
-    for (int64_t k = 0; k < gates; ++k) g[k] = by_token * g[k] + (by_task ? by_task * row[1 + k] : 0.f);
-    if (outer) return mix_pairs(h, g.data(), inner, outer, mixed, part.depth);
-    std::fill(mixed, mixed + part.depth, 0.f);
-    for (int64_t k = 0; k < inner; ++k) mixed[k] = g[k % gates] * h[k];
+    float* g = room<GATES, float>(std::max(part.depth, rounded(gates, LANES)));
+    choose(h + hidden(), by_token, g);
+    if (by_task)
+      for (int64_t k = 0; k < gates; ++k) g[k] += by_task * row[1 + k];
+    if (outer) return mix_pairs(h, g, inner, outer, mixed, part.depth);
+    for (int64_t k = gates; k < part.depth; ++k) g[k] = g[k - gates];
+    for (int64_t k = 0; k < part.depth; k += LANES) store(mixed + k, load(g + k) * load(h + k));
   }
 
-  void softmax(const float* logits, std::vector<float>& g) const {
-    const float largest = *std::max_element(logits, logits + gates);
-    for (size_t k = 0; k < g.size(); k += LANES) store(&g[k], exp_of(load(logits + k) - largest));
-    float sum = 0;
-    for (int64_t k = 0; k < gates; ++k) sum += g[k];
-    thread_local std::vector<float> sorted;
-    float least = 0;
-    if (most < gates) {
-      sorted.assign(g.begin(), g.begin() + gates);
-      std::nth_element(sorted.begin(), sorted.begin() + most - 1, sorted.end(), std::greater<>());
-      least = sorted[most - 1];
+  // g = scale * what is kept of softmax(logits); of equals, the first.
+  void choose(const float* logits, float scale, float* g) const {
+    const int64_t size = rounded(gates, LANES);
+    float* powers = room<POWERS, float>(size);
+    std::copy_n(logits, gates, powers);
+    std::fill(powers + gates, powers + size, -INFINITY);
+    Floats most_of_all = load(powers);
+    for (int64_t k = LANES; k < size; k += LANES) {
+      const Floats other = load(powers + k);
+      most_of_all = other > most_of_all ? other : most_of_all;
     }
-    for (int64_t k = 0; k < gates; ++k) g[k] = g[k] < least ? 0.f : g[k] / sum;
+    const float shift = largest(most_of_all);
+    Floats sums = {};
+    for (int64_t k = 0; k < size; k += LANES) {
+      const Floats power = exp_of(load(powers + k) - shift);
+      sums += power;
+      store(powers + k, power);
+    }
+    const float factor = scale / sum(sums);
+    for (int64_t k = 0; k < size; k += LANES) {
+      const Floats own = load(powers + k);
+      Integers before = {};  // how many are larger
+      if (most < gates)
+        for (int32_t j = 0; j < gates; ++j)
+          before -= (powers[j] > own) | ((powers[j] == own) & (NUMBERS + int32_t(k) > j));
+      store(g + k, before < int32_t(most) ? own * factor : Floats{});
+    }
   }
 };
 

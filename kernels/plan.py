@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -56,6 +56,7 @@ class Kept:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._entries: OrderedDict[int, Entry] = OrderedDict()  # the longest unused first
+        self._free: list[int] = []  # places that were given back
 
     def has(self, slot: int) -> bool:
         """Whether the slot's task has a place."""
@@ -67,7 +68,7 @@ class Kept:
         No more than `capacity` slots may be asked for in one step.
         """
         if slot not in self._entries:
-            place = len(self._entries)
+            place = self._free.pop() if self._free else len(self._entries)
             if place >= self.capacity:
                 _, (place, _) = self._entries.popitem(last=False)
             self._entries[slot] = Entry(place, object())
@@ -75,9 +76,9 @@ class Kept:
         return self._entries[slot]
 
     def forget(self, slot: int) -> None:
-        """The slot has another task now; its place keeps its number."""
+        """The slot has another task now; its place is free."""
         if slot in self._entries:
-            self._entries[slot] = Entry(self._entries[slot].place, object())
+            self._free.append(self._entries.pop(slot).place)
 
 
 class Planner(Protocol):
@@ -98,24 +99,29 @@ class Costs:
     what it finds in bfloat16 and in float32.
     """
 
-    run: float = 40  # calling the operators once more, and reading a task's A and B
-    compose: float = 200  # building a task's A and B
-    steps: float = 8  # that a composed task is expected to be used for
-    worth: float = 100
+    run: int = 40  # calling the operators once more, and reading a task's A and B
+    compose: int = 200  # building a task's A and B
+    worth: int = 100
     """What composing must save at least: for less, a task's first short request should not run in
     another way, and another time, than its tenth."""
 
 
 class SharedOrComposed:
-    """Plans for rank-space methods with `experts` experts."""
+    """Plans for rank-space methods with `experts` experts.
+
+    A task is composed when its steps so far, run shared, could have saved what composing costs, or
+    when this one can: at worst, twice the work of a plan that knows the future. A task that comes
+    once, with a short prompt, is never composed.
+    """
 
     def __init__(self, kept: Kept, experts: int, costs: Costs | None = None) -> None:
         self._kept = kept
         self._experts = experts
         self._costs = costs or Costs()
+        self._missed: Counter[int] = Counter()  # by slot: what composing would have saved so far
 
     def plan(self, slots: Sequence[int], rows: dict[int, int]) -> Plan:
-        costs, kept = self._costs, self._kept
+        costs, kept, missed = self._costs, self._kept, self._missed
         tasks = [slot for slot in rows if slot]
         if len(tasks) > kept.capacity:
             return Plan("shared", f"{len(tasks)} tasks, of which {kept.capacity} can be kept")
@@ -126,19 +132,25 @@ class SharedOrComposed:
             if slot:
                 spans.append((begin, end, slot))
             begin = end
-        shared = float(len(slots) * self._experts)
-        fresh = sum(not kept.has(slot) for slot in tasks)
+        shared = len(slots) * self._experts
+        fresh = {slot for slot in tasks if not kept.has(slot)}
         composed = sum(end - begin + costs.run for begin, end, _ in spans)
-        composed += fresh * costs.compose / costs.steps
-        reason = f"{len(slots)} tokens in {len(spans)} runs, {fresh} tasks new: "
-        reason += f"shared costs {shared:.0f}, composed {composed:.0f}"
+        composed += sum(max(0, costs.compose - missed[slot]) for slot in fresh)
+        reason = f"{len(slots)} tokens in {len(spans)} runs, {len(fresh)} tasks new: "
+        reason += f"shared costs {shared}, composed {composed}"
         if shared - composed < costs.worth:
+            for begin, end, slot in spans:
+                if slot in fresh:
+                    missed[slot] += max(0, (end - begin) * (self._experts - 1) - costs.run)
             return Plan("shared", reason)
+        for slot in fresh:
+            del missed[slot]
         runs = tuple(Run(b, e, rows[slot], kept.entry(slot)) for b, e, slot in spans)
         return Plan("composed", reason, runs)
 
     def forget(self, slot: int) -> None:
         self._kept.forget(slot)
+        del self._missed[slot]
 
 
 class OwnStates:

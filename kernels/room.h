@@ -7,7 +7,7 @@
 
 namespace polyrex {
 
-enum Use { INPUTS, GRID, HIDDEN, MIXED, OUTPUTS };
+enum Use { INPUTS, GRID, HIDDEN, MIXED, GATES, POWERS, OUTPUTS };
 
 // The calling thread's room for `size` values; what it held before is still there.
 template <Use USE, typename Value>

@@ -72,8 +72,10 @@ class TokenSpaceLayer:
 
 
 def _parts(router: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Tensors of `dtype` that add up to the router: gates are not chosen in half precision."""
+    """Tensors of `dtype` that add up to the router: gates are not chosen in half precision.
+
+    One is enough where `dtype` holds the router's values, as when the inventory is stored in it.
+    """
     high = router.to(dtype)
-    if dtype == router.dtype:
-        return [high]
-    return [high, (router - high).to(dtype)]
+    low = (router - high).to(dtype)
+    return [high, low] if low.any() else [high]

@@ -24,6 +24,8 @@ using Words = uint32_t __attribute__((vector_size(64), aligned(4), may_alias));
 using Integers = int32_t __attribute__((vector_size(64), aligned(4), may_alias));
 using Halves = uint16_t __attribute__((vector_size(32), aligned(2), may_alias));
 
+constexpr Integers NUMBERS = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 inline Floats load(const float* at) { return *reinterpret_cast<const Floats*>(at); }
 inline void store(float* at, Floats value) { *reinterpret_cast<Floats*>(at) = value; }
 
@@ -54,7 +56,7 @@ inline void store(BFloat16* at, Floats value) { *reinterpret_cast<Halves*>(at) =
 inline void store_in_twos(BFloat16* at, Floats first, Floats second) {
 #ifdef __AVX512BF16__
   const Words both = (Words)_mm512_cvtne2ps_pbh(second, first);  // first is the lower half
-  const Words low = Words{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const Words low = (Words)NUMBERS;
   *reinterpret_cast<Words*>(at) =
       (Words)_mm512_permutexvar_epi16((__m512i)(low | (low + 16) << 16), (__m512i)both);
 #else
@@ -96,6 +98,26 @@ inline Floats dot(Floats sum, const BFloat16* rows, const BFloat16* x) {
   Words even = both << 16, odd = both & 0xffff0000;
   return sum + float(x[0]) * reinterpret_cast<Floats&>(even) +
          float(x[1]) * reinterpret_cast<Floats&>(odd);
+#endif
+}
+
+inline float largest(Floats values) {
+#ifdef __AVX512F__
+  return _mm512_reduce_max_ps((__m512)values);
+#else
+  float result = values[0];
+  for (int64_t k = 1; k < LANES; ++k) result = std::max(result, values[k]);
+  return result;
+#endif
+}
+
+inline float sum(Floats values) {
+#ifdef __AVX512F__
+  return _mm512_reduce_add_ps((__m512)values);
+#else
+  float result = 0;
+  for (int64_t k = 0; k < LANES; ++k) result += values[k];
+  return result;
 #endif
 }
 

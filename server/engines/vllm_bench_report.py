@@ -41,8 +41,8 @@ def markdown(document: dict[str, Any]) -> str:
     about = ", ".join(f"{key} {value}" for key, value in figures["machine"].items())
     lines = [f"# polyrex on vLLM\n\nWritten by `{COMMAND}`. Machine: {about}.\n"]
     spread: dict[str, list[float]] = {}
-    for mode in MODES:
-        spread |= figures.get(mode, {}).get("quartiles", {})
+    for part in figures.values():
+        spread |= part.get("quartiles", {})
     between = {name: f" ({low} to {high})" for name, (low, high) in spread.items()}
     ratios = {name: f"{value}{between.get(name, '')}" for name, value in document["ratios"].items()}
     lines += _table("ratio", "median (quartiles)", ratios)
@@ -50,6 +50,10 @@ def markdown(document: dict[str, Any]) -> str:
         for work in ("decode", "prefill"):
             if mode in figures:
                 lines += _table(f"{work}, {mode}: run", "tokens/s", figures[mode][work])
+    if "flat" in figures:
+        lines += _table(
+            "decode, eager, more and more tasks: run", "tokens/s", figures["flat"]["decode"]
+        )
     if "eager" in figures:
         one = figures["eager"]["one_task"] | figures.get("one_task", {})
         lines += _table("one task for all requests, eager: method", "/ base", one)

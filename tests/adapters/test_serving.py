@@ -117,6 +117,12 @@ def test_ranks_of_a_cut_module_add_up(random_experts: Experts, dim: str) -> None
     assert relative_rms(y, twin(random_experts, x, step, 0)) <= TOLERANCE[torch.float32]
 
 
+TOKEN_SPECS = (
+    AdapterSpec("molora", rank=2, experts=21),
+    AdapterSpec("sira", rank=2, experts=21, top_k=9),
+    AdapterSpec("trex", rank=5, rank_out=7),
+    AdapterSpec("trex", rank=21, form="diagonal"),
+)
 THREADED_SPECS = (
     AdapterSpec("poly", rank=20, experts=5),
     AdapterSpec("trex", rank=20, rank_out=5, form="static"),
@@ -152,12 +158,11 @@ def test_threads_share_the_work(spec: AdapterSpec, threads: int, dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("method", ["tensorpoly-2", "tensorpoly-x"])
 @pytest.mark.parametrize(("d_in", "d_out"), [(576, 1536), (1537, 192), (2601, 10_001)])
-def test_leaves_of_many_rows(d_in: int, d_out: int, dtype: torch.dtype) -> None:
-    """Sides whose leaves are larger than the pieces that the operator works in, even and odd."""
-    experts = drawn(
-        AdapterSpec("tensorpoly-2", rank=3, experts=5), TargetModule("m", d_in, d_out), 0
-    )
+def test_factors_of_many_rows(d_in: int, d_out: int, method: str, dtype: torch.dtype) -> None:
+    """Factors larger than the pieces that the operators work in, even and odd."""
+    experts = drawn(AdapterSpec(method, rank=3, experts=5), TargetModule("m", d_in, d_out), 0)
     layer = serve_layer([Slice.whole(0, experts)], dtype, CPU)
     table = filled(experts, 1, make_planner([layer], experts, 0))
     x, step = tokens(d_in, dtype), step_of(table, SLOTS, dtype)
@@ -182,6 +187,23 @@ def test_a_token_has_one_result(spec: AdapterSpec) -> None:
         results.append(y[0])
     assert all(torch.equal(result, results[0]) for result in results)
     assert results[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("spec", TOKEN_SPECS, ids=lambda spec: spec.method + str(spec.form))
+def test_gates_that_tokens_choose(spec: AdapterSpec, dtype: torch.dtype) -> None:
+    """More than a vector of gates, some of them equal, and a router that bfloat16 can hold."""
+    experts = drawn(spec, TargetModule("m", 45, 70), 0)
+    router = experts.get_parameter("token_router")
+    with torch.no_grad():
+        router.copy_(router.bfloat16())
+        router[2:-2] = router[1]
+    layer = serve_layer([Slice.whole(0, experts)], dtype, CPU)
+    table = filled(experts, 1, None)
+    x, step = tokens(45, dtype), step_of(table, SLOTS, dtype)
+    y = torch.zeros(len(x), 70, dtype=dtype)
+    layer.add_(y, x, step)
+    assert relative_rms(y, twin(experts, x, step, 0)) <= TOLERANCE[dtype]
 
 
 def test_empty_batch(random_experts: Experts) -> None:

@@ -19,7 +19,7 @@ def plan(planner: Planner, slots: list[int]) -> Plan:
 
 @pytest.fixture
 def planner() -> SharedOrComposed:
-    return SharedOrComposed(Kept(4), EXPERTS, Costs(run=40, compose=200, steps=8, worth=100))
+    return SharedOrComposed(Kept(4), EXPERTS, Costs(run=40, compose=200, worth=100))
 
 
 def test_many_tasks_decoding_share(planner: SharedOrComposed) -> None:
@@ -28,7 +28,7 @@ def test_many_tasks_decoding_share(planner: SharedOrComposed) -> None:
 
 
 def test_one_task_and_long_prompts_are_composed(planner: SharedOrComposed) -> None:
-    assert plan(planner, [7] * 32).path == "composed"
+    assert plan(planner, [7] * 60).path == "composed"
     found = plan(planner, [3] * 512 + [0] + [9] * 256)
     assert [(run.begin, run.end, run.row) for run in found.runs] == [(0, 512, 1), (513, 769, 2)]
 
@@ -44,10 +44,21 @@ def test_more_tasks_than_places_share(planner: SharedOrComposed) -> None:
 
 
 def test_a_task_that_is_not_kept_must_be_worth_composing() -> None:
-    planner = SharedOrComposed(Kept(4), EXPERTS, Costs(run=1, compose=200, steps=1, worth=0))
+    planner = SharedOrComposed(Kept(4), EXPERTS, Costs(run=1, compose=200, worth=0))
     assert plan(planner, [1] * 20).path == "shared"  # 160 against 20 + 1 + 200
-    assert plan(planner, [1] * 40).path == "composed"
-    assert plan(planner, [1] * 20).path == "composed"  # it is kept now
+    assert plan(planner, [2] * 40).path == "composed"
+    assert plan(planner, [2] * 20).path == "composed"  # it is kept now
+
+
+def test_tasks_are_composed_once_it_would_have_paid() -> None:
+    """A prompt of 17 tokens runs composed for 7 * 17 - 40 = 79 less than shared."""
+    planner = SharedOrComposed(Kept(32), EXPERTS, Costs(run=40, compose=200, worth=100))
+    prompts = [slot for slot in range(1, 33) for _ in range(17)]
+    paths = [plan(planner, prompts).path for _ in range(4)]
+    assert paths == ["shared", "shared", "composed", "composed"]
+    for slot in set(prompts):
+        planner.forget(slot)  # it is another task's now
+    assert plan(planner, prompts).path == "shared"
 
 
 def test_a_place_changes_hands_with_a_new_key() -> None:
@@ -58,7 +69,10 @@ def test_a_place_changes_hands_with_a_new_key() -> None:
     assert third.place == second.place
     assert third.key not in (first.key, second.key)
     kept.forget(1)
+    assert not kept.has(1)
+    assert kept.entry(1).place == first.place
     assert kept.entry(1).key not in (first.key, second.key, third.key)
+    assert {kept.entry(slot).place for slot in (1, 3)} == {0, 1}
 
 
 def test_own_states_name_every_task_once() -> None:
