@@ -8,11 +8,11 @@ method's own `delta` is the twin, and what runs otherwise.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,8 @@ from polyrex.kernels.token_space_layer import TokenSpaceLayer
 
 from .errors import TensorMismatch
 from .experts import Experts, Operands
+from .tensor_product import FactoredSide
+from .tensorpoly import TensorPoly1Experts
 from .tensorpoly_2 import TensorPoly2Experts
 from .tensorpoly_x import TensorPolyXExperts
 
@@ -98,14 +100,12 @@ def serve_layer(slices: Sequence[Slice], dtype: torch.dtype, device: torch.devic
     space, (path, _) = slices[0].experts.space, choose_path(slices, dtype, device)
     if path == "delta":
         return DeltaLayer(slices, dtype)
+    if path == "triton":
+        return _triton_layer(slices, dtype)
     if space in ("leaf", "bond"):
         return OwnStateLayer([_own_state(part) for part in slices], dtype)
     operands = [frozen_operands(part.experts, dtype) for part in slices]
     modules = [_module(*each) for each in zip(slices, operands, strict=True)]
-    if path == "triton":
-        from polyrex.kernels.triton_layers import TritonPairSpaceLayer, TritonRankSpaceLayer
-
-        return TritonPairSpaceLayer(modules) if space == "pair" else TritonRankSpaceLayer(modules)
     if space == "pair":
         return PairSpaceLayer(modules)
     experts = slices[0].experts
@@ -114,6 +114,25 @@ def serve_layer(slices: Sequence[Slice], dtype: torch.dtype, device: torch.devic
         pairs = zip(slices, operands, strict=True)
         return TokenSpaceLayer(modules, [p.experts.token_gates(own) for p, own in pairs], width)
     return RankSpaceLayer(modules, experts.spec.experts, width)
+
+
+def _triton_layer(slices: Sequence[Slice], dtype: torch.dtype) -> ServedLayer:
+    from polyrex.kernels import triton_layers  # where there is Triton
+
+    experts = slices[0].experts
+    if experts.space == "leaf":
+        return triton_layers.TritonLeafLayer([_leaf_module(part) for part in slices])
+    if _in_leaves(slices):
+        return triton_layers.TritonFactoredLayer(
+            [
+                triton_layers.FactoredModule(part.index, part.columns, _expert_leaves(part.experts))
+                for part in slices
+            ]
+        )
+    modules = [_module(part, frozen_operands(part.experts, dtype)) for part in slices]
+    if experts.space == "pair":
+        return triton_layers.TritonPairSpaceLayer(modules)
+    return triton_layers.TritonRankSpaceLayer(modules)
 
 
 Path = Literal["compiled", "triton", "delta"]
@@ -131,10 +150,14 @@ def choose_path(
     if device.type == "cuda":
         if find_spec("triton") is None:
             return "delta", "triton is not installed"
-        if space in ("leaf", "bond", "token") or (
+        if space in ("bond", "token") or (
             experts.table_size(spec) > spec.experts and space == "rank"
         ):
             return "delta", f"{spec.method} has no layer on the Triton kernels"
+        if _in_leaves(slices):
+            return "triton", "leaves on the GPU"
+        if space == "leaf":
+            return "delta", "the Triton kernels take whole modules of leaves"
         return "triton", f"{space} space on the GPU"
     if device.type != "cpu":
         return "delta", f"there are kernels for CPU and CUDA, not for {device.type}"
@@ -170,10 +193,14 @@ def frozen_operands(experts: Experts, dtype: torch.dtype) -> Operands:
     """What the products read. Raises TensorMismatch where `dtype` cannot hold it."""
     with torch.no_grad():
         operands = tuple(t.contiguous() for t in experts.operands(dtype))
-    if not all(torch.isfinite(operand).all() for operand in operands):
+    _check_finite(operands, experts, dtype)
+    return operands
+
+
+def _check_finite(tensors: Iterable[Tensor], experts: Experts, dtype: torch.dtype) -> None:
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
         name = experts.target.name
         raise TensorMismatch(f"target module {name}: the experts are not finite in {dtype}")
-    return operands
 
 
 def _module(part: Slice, operands: Operands) -> LayerModule:
@@ -183,20 +210,52 @@ def _module(part: Slice, operands: Operands) -> LayerModule:
     return LayerModule(part.index, a, b, part.inputs, part.outputs, part.columns.start)
 
 
-def _own_state(part: Slice) -> OwnStateModule:
+def _in_leaves(slices: Sequence[Slice]) -> bool:
+    """Whether these are whole modules whose sides are tensor products."""
+    return all(part.is_whole and isinstance(part.experts, TensorPoly1Experts) for part in slices)
+
+
+def _own_state(part: Slice) -> OwnStateModule[State]:
     experts = part.experts
+    if not isinstance(experts, TensorPolyXExperts):
+        return _leaf_module(part)
+    derive = partial(experts.factors, frozen_operands(experts, torch.float32))
+    return _state_module(part, derive)
+
+
+def _leaf_module(part: Slice) -> OwnStateModule[FactoredSides]:
+    experts = part.experts
+    assert isinstance(experts, TensorPoly2Experts)
     operands = frozen_operands(experts, torch.float32)
-    if isinstance(experts, TensorPolyXExperts):
-        derive: Callable[[Tensor], State] = partial(experts.factors, operands)
-    else:
-        assert isinstance(experts, TensorPoly2Experts)
-        derive = partial(_leaves, experts, operands)
+
+    def derive(weights: Tensor) -> FactoredSides:
+        return _scaled(*experts.sides(operands, weights), operands[1])
+
+    return _state_module(part, derive)
+
+
+S = TypeVar("S", bound=State)
+
+
+def _state_module(part: Slice, derive: Callable[[Tensor], S]) -> OwnStateModule[S]:
+    experts = part.experts
     width = experts.table_size(experts.spec)
     return OwnStateModule(part.index, width, experts.target.d_out, part.columns.start, derive)
 
 
-def _leaves(experts: TensorPoly2Experts, operands: Operands, weights: Tensor) -> FactoredSides:
-    a, b = experts.sides(operands, weights)
-    scale = operands[1]
+def _expert_leaves(experts: Experts) -> FactoredSides:
+    """The sides of every expert of a module, for a dtype that holds them."""
+    assert isinstance(experts, TensorPoly1Experts)
+    scale = (experts.gate.detach() / experts.spec.rank).float()
+    sides = _scaled(*experts.leaf_sides(), scale)
+    leaves = sides.a_first, sides.a_second, sides.b_first, sides.b_second
+    _check_finite(leaves, experts, torch.float32)
+    return sides
+
+
+def _scaled(a: FactoredSide, b: FactoredSide, scale: Tensor) -> FactoredSides:
+    a_first, a_second, b_first, b_second = (
+        leaves.contiguous() for leaves in (a.first, a.second, b.first * scale, b.second)
+    )
     shift = None if b.shift is None else b.shift * scale
-    return FactoredSides(a.first, a.second, a.shift, b.first * scale, b.second, shift)
+    return FactoredSides(a_first, a_second, a.shift, b_first, b_second, shift)

@@ -10,7 +10,7 @@ from .experts import Operands
 from .fused_factor import fused_factor
 from .low_rank import RankSpaceExperts
 from .spec import AdapterSpec, TargetModule
-from .tensor_product import leaf_size
+from .tensor_product import FactoredSide, factor_leaves, leaf_size
 
 
 class TensorPoly1Experts(RankSpaceExperts):
@@ -50,3 +50,9 @@ class TensorPoly1Experts(RankSpaceExperts):
         b = fused_factor(self.weight_leafs_b, self.target.d_out, norm, dtype)  # [E, r, d_out]
         b = b * (self.gate / self.spec.rank).to(dtype)
         return a.flatten(0, 1).unsqueeze(0), b.flatten(0, 1).unsqueeze(0)
+
+    def leaf_sides(self) -> tuple[FactoredSide, FactoredSide]:
+        """Both sides of all experts, [E, r, ...], without any scale, as leaves in float32."""
+        leaves = self.weight_leafs_a, self.weight_leafs_b
+        a, b = (factor_leaves(side.detach().float(), self.spec.norm) for side in leaves)
+        return a, b

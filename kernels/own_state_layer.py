@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,8 +32,11 @@ class State(Protocol):
         """[D, size]: a task's values as the operator reads them."""
 
 
+S = TypeVar("S", bound=State, covariant=True)
+
+
 @dataclass(frozen=True)
-class OwnStateModule:
+class OwnStateModule(Generic[S]):
     """A whole target module: where its outputs lie in the layer's, and how its state is made.
 
     `derive` takes rows of its routing weights, [D, W] float32.
@@ -43,13 +46,13 @@ class OwnStateModule:
     width: int  # W
     d_out: int
     column: int
-    derive: Callable[[Tensor], State]
+    derive: Callable[[Tensor], S]
 
 
 class OwnStateLayer:
     """`y_t += x_t W_t` for every module of a layer, with W_t of each token's task, never built."""
 
-    def __init__(self, modules: Sequence[OwnStateModule], dtype: torch.dtype) -> None:
+    def __init__(self, modules: Sequence[OwnStateModule[State]], dtype: torch.dtype) -> None:
         """`dtype` is that of inputs and outputs: float32 or bfloat16."""
         self._modules, self._dtype = modules, dtype
         parts: list[tuple[int, ...]] = []

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .factored import FactoredSides
+from .own_state_layer import OwnStateModule
 from .rank_space_layer import LayerModule
 from .routing import StepRouting
+from .triton_factored import factored_expand, factored_shrink
 from .triton_pair_space import pair_shrink
 from .triton_rank_space import routed_expand, routed_shrink
 
@@ -57,3 +61,54 @@ class TritonPairSpaceLayer:
             h = pair_shrink(x, a, pairs)
             # A token without an adapter has h = 0.
             routed_expand(y[:, columns], h, b, h.new_ones(len(x), 1))
+
+
+@dataclass(frozen=True)
+class FactoredModule:
+    """A whole target module whose experts are tensor products: sides of E experts, as leaves."""
+
+    index: int
+    columns: slice
+    sides: FactoredSides
+
+
+class TritonFactoredLayer:
+    """`y_t += B_t A_t x_t` with experts mixed on both sides, which exist as leaves only."""
+
+    state_bytes = 0
+
+    def __init__(self, modules: Sequence[FactoredModule]) -> None:
+        self._modules = modules
+
+    def add_(self, y: Tensor, x: Tensor, step: StepRouting) -> None:
+        """Add the adapters' part for x [T, d_in] to y [T, d], in place."""
+        for m in self._modules:
+            _add_factored(y[:, m.columns], x, m.sides, None, step.by_token[:, m.index])
+
+
+class TritonLeafLayer:
+    """The same with leaves that are mixed, so that every task has its own."""
+
+    state_bytes = 0
+
+    def __init__(self, modules: Sequence[OwnStateModule[FactoredSides]]) -> None:
+        self._modules = modules
+        self._weights: Tensor | None = None  # what the leaves were mixed from
+        self._sides: list[FactoredSides] = []
+
+    def add_(self, y: Tensor, x: Tensor, step: StepRouting) -> None:
+        """Add the adapters' part for x [T, d_in] to y [T, d], in place."""
+        if step.weights is not self._weights:  # while the same requests go on, it is
+            self._sides = [m.derive(step.weights[:, m.index]) for m in self._modules]
+            self._weights = step.weights
+        for m, sides in zip(self._modules, self._sides, strict=True):
+            columns = slice(m.column, m.column + m.d_out)
+            _add_factored(y[:, columns], x, sides, step.rows, None)
+
+
+def _add_factored(
+    y: Tensor, x: Tensor, sides: FactoredSides, rows: Tensor | None, weights: Tensor | None
+) -> None:
+    """For sides of experts, with `weights` [T, E], or of tasks, with `rows` [T]."""
+    h = factored_shrink(x, sides.a_first, sides.a_second, sides.a_shift, rows, weights)
+    factored_expand(y, h, sides.b_first, sides.b_second, sides.b_shift, rows, weights)
