@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from polyrex.adapters.base_model import load_base
+from polyrex.adapters.base_model import DEFAULT_BASE, load_base, load_tokenizer, resolve_base
 from polyrex.adapters.inventory import Inventory, load_experts
 from polyrex.adapters.spec import AdapterSpec
 from polyrex.server.config import EngineConfig
@@ -46,7 +46,15 @@ SPECS = (
 )
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 SCORED = replace(GREEDY, max_tokens=0, prompt_logprobs=0)
-TASKS, PROMPTS, SCORED_PROMPTS = 8, 20, 2
+TASKS, PROMPTS = 8, 20
+TEXTS = (
+    "The capital of France is Paris, a city on the river Seine with about two million people. It "
+    "has been the centre of government since the tenth century, and most of the country's railways "
+    "and roads meet there. Visitors come to see the Eiffel Tower, the Louvre and the cathedral.",
+    "Question: A farmer has 17 sheep and buys 5 more; then 3 of them run away. How many are left? "
+    "Answer: 17 and 5 are 22, and 22 less 3 is 19, so there are 19 sheep left. Question: What is "
+    "the opposite of hot? Answer: cold. Question: Which animal barks? Answer: a dog.",
+)
 RESULTS = Path(__file__).parents[1] / "results" / "vllm_same_tokens.json"
 Embedded = Callable[[AdapterSpec, torch.dtype, SamplingParams], list[Answer]]
 Found = dict[str, dict[str, Any]]
@@ -55,21 +63,43 @@ Found = dict[str, dict[str, Any]]
 def requests(inventory: Inventory, sampling: SamplingParams) -> list[Asked]:
     """Of eight tasks and the base model, mixed."""
     tasks = [None, *(make_task(inventory, seed) for seed in range(TASKS))]
+    prompts = [prompt(number) for number in range(PROMPTS)]
     if sampling is SCORED:
-        return [(prompt(n, 64), task) for n in range(SCORED_PROMPTS) for task in tasks]
-    return [(prompt(n), task) for n in range(PROMPTS) for task in tasks]
+        tokenizer = load_tokenizer(resolve_base(DEFAULT_BASE))
+        prompts = [tuple(tokenizer.encode(text)) for text in TEXTS]
+    return [(tokens, task) for task in tasks for tokens in prompts]
 
 
-def logprobs(answers: list[Answer]) -> list[float]:
-    """Of every prompt token that has one."""
+def logprobs(answers: list[Answer]) -> Tensor:
+    """[1 + TASKS, tokens]: of every prompt token that has one, the base model's first."""
     scored: list[tuple[Token, ...]] = [answer.prompt or () for answer in answers]
-    return [token.logprob for each in scored for token in each if token.logprob is not None]
+    found = [token.logprob for each in scored for token in each if token.logprob is not None]
+    return torch.tensor(found, dtype=torch.float64).view(1 + TASKS, -1)
+
+
+def compare(ours: Tensor, theirs: Tensor, exact: Tensor) -> dict[str, float]:
+    """Two engines in bfloat16, and one of them in float32: differences of log-probabilities."""
+    apart = (ours - theirs).abs()
+    return {
+        "tokens": ours.numel(),
+        "of the mean": abs(float((ours - theirs).mean())),
+        "without adapters": float(apart[0].mean()),
+        "with adapters": float(apart[1:].mean()),
+        "embedded from float32": float((theirs - exact)[1:].abs().mean()),
+        "vLLM from float32": float((ours - exact)[1:].abs().mean()),
+        "one task from another, float32": float((exact[1:] - exact[1:].roll(1, 0)).abs().mean()),
+    }
 
 
 @pytest.fixture(scope="module")
 def found() -> Iterator[Found]:
-    """By method, then by what was measured; written at the end, whatever failed."""
+    """By method, then by what was measured; written at the end, whatever failed.
+
+    What an earlier run has measured, and this one does not, stays.
+    """
     found: Found = {spec_id(spec): {} for spec in SPECS}
+    if RESULTS.exists():
+        found |= json.loads(RESULTS.read_text())
     yield found
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -123,23 +153,17 @@ def test_every_method_says_what_the_embedded_engine_says(
     mode, running = vllm
     running.adapt(inventories[spec])
     if mode.startswith("bfloat16"):
-        ours = logprobs(running.answers(requests(inventories[spec], SCORED), SCORED))
-        theirs = logprobs(embedded(spec, torch.bfloat16, SCORED))
-        exact = logprobs(embedded(spec, torch.float32, SCORED))
-        apart = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
-        found[spec_id(spec)]["bfloat16 log-probabilities"] = {
-            "compared": len(apart),
-            "mean difference": mean(apart),
-            "mean signed difference": mean(ours) - mean(theirs),
-            "largest difference": max(apart),
-            "embedded engine's mean difference from float32": mean(
-                abs(a - b) for a, b in zip(theirs, exact, strict=True)
-            ),
-            "vLLM engine's mean difference from float32": mean(
-                abs(a - b) for a, b in zip(ours, exact, strict=True)
-            ),
-        }
-        assert mean(apart) < 1e-2
+        asked = requests(inventories[spec], SCORED)
+        compared = found[spec_id(spec)]["bfloat16 log-probabilities"] = compare(
+            logprobs(running.answers(asked, SCORED)),
+            logprobs(embedded(spec, torch.bfloat16, SCORED)),
+            logprobs(embedded(spec, torch.float32, SCORED)),
+        )
+        # Two engines round the base model's logits differently: adapters may not add to that.
+        assert compared["of the mean"] < 1e-2
+        assert compared["with adapters"] < 1.25 * compared["without adapters"]
+        assert compared["vLLM from float32"] < 1.25 * compared["embedded from float32"]
+        assert compared["one task from another, float32"] > 3 * compared["with adapters"]
         return
     asked = requests(inventories[spec], GREEDY)
     right = embedded(spec, torch.float32, GREEDY)
