@@ -71,7 +71,7 @@ def open_adapters(adapted: AdaptedModel, spread: float) -> None:
         for layer in adapted.layers:
             parameters = dict(layer.experts.named_parameters())
             if "gate" in parameters:
-                parameters["gate"].fill_(0.2)
+                parameters["gate"].fill_(spread)
             else:
                 nn.init.normal_(parameters["lora_b"], std=spread, generator=generator)
 

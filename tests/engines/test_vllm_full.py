@@ -30,20 +30,22 @@ from .small_model import make_inventory, make_task, spec_id
 
 pytestmark = pytest.mark.full
 
-SPECS = (
-    AdapterSpec("lora", rank=16),
-    AdapterSpec("poly", rank=16, experts=8),
-    AdapterSpec("mhr", rank=16, experts=8, splits=3),
-    AdapterSpec("tlora", rank=16),
-    AdapterSpec("tensorpoly-1", rank=16, experts=8),
-    AdapterSpec("tensorpoly-2", rank=16, experts=8),
-    AdapterSpec("tensorpoly-x", rank=16, experts=4),
-    AdapterSpec("trex", rank=16, form="static"),
-    AdapterSpec("trex", rank=16, form="mix"),
-    AdapterSpec("trex", rank=16, form="diagonal"),
-    AdapterSpec("molora", rank=4, experts=8),
-    AdapterSpec("sira", rank=4, experts=8),
-)
+SPECS = {
+    AdapterSpec("lora", rank=16): 1.0,
+    AdapterSpec("poly", rank=16, experts=8): 5.0,
+    AdapterSpec("mhr", rank=16, experts=8, splits=3): 5.0,
+    AdapterSpec("tlora", rank=16): 0.05,
+    AdapterSpec("tensorpoly-1", rank=16, experts=8): 0.2,
+    AdapterSpec("tensorpoly-2", rank=16, experts=8): 0.05,
+    AdapterSpec("tensorpoly-x", rank=16, experts=4): 0.1,
+    AdapterSpec("trex", rank=16, form="static"): 0.02,
+    AdapterSpec("trex", rank=16, form="mix"): 0.0025,
+    AdapterSpec("trex", rank=16, form="diagonal"): 0.01,
+    AdapterSpec("molora", rank=4, experts=8): 0.3,
+    AdapterSpec("sira", rank=4, experts=8): 0.3,
+}
+"""With how far random experts are spread: so that they change the log-probabilities of a text by
+about a half, as trained ones do. Far larger ones make any two roundings differ."""
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 SCORED = replace(GREEDY, max_tokens=0, prompt_logprobs=0)
 TASKS, PROMPTS = 8, 20
@@ -87,7 +89,7 @@ def compare(ours: Tensor, theirs: Tensor, exact: Tensor) -> dict[str, float]:
         "with adapters": float(apart[1:].mean()),
         "embedded from float32": float((theirs - exact)[1:].abs().mean()),
         "vLLM from float32": float((ours - exact)[1:].abs().mean()),
-        "one task from another, float32": float((exact[1:] - exact[1:].roll(1, 0)).abs().mean()),
+        "adapters' own part, float32": float((exact[1:] - exact[:1]).abs().mean()),
     }
 
 
@@ -110,8 +112,8 @@ def inventories(
 ) -> dict[AdapterSpec, Inventory]:
     folder: Path = tmp_path_factory.mktemp("inventories")
     return {
-        spec: make_inventory(folder / f"{spec_id(spec)}.safetensors", base_path, spec, 0.02)
-        for spec in SPECS
+        spec: make_inventory(folder / f"{spec_id(spec)}.safetensors", base_path, spec, spread)
+        for spec, spread in SPECS.items()
     }
 
 
@@ -138,7 +140,7 @@ def vllm(
 ) -> Iterator[tuple[str, Running]]:
     dtype, _, mode = request.param.partition("-")
     sizes = {"eager": mode == "eager", "kv_cache_bytes": 1 << 29, "max_batch_tokens": 256}
-    with running_vllm(base_path, inventories[SPECS[0]], dtype, **sizes) as running:
+    with running_vllm(base_path, next(iter(inventories.values())), dtype, **sizes) as running:
         yield request.param, running
 
 
@@ -163,7 +165,7 @@ def test_every_method_says_what_the_embedded_engine_says(
         assert compared["of the mean"] < 1e-2
         assert compared["with adapters"] < 1.25 * compared["without adapters"]
         assert compared["vLLM from float32"] < 1.25 * compared["embedded from float32"]
-        assert compared["one task from another, float32"] > 3 * compared["with adapters"]
+        assert compared["adapters' own part, float32"] > 4 * compared["with adapters"]
         return
     asked = requests(inventories[spec], GREEDY)
     right = embedded(spec, torch.float32, GREEDY)
