@@ -244,7 +244,7 @@ def _state_module(part: Slice, derive: Callable[[Tensor], S]) -> OwnStateModule[
 
 
 def _expert_leaves(experts: Experts) -> FactoredSides:
-    """The sides of every expert of a module, for a dtype that holds them."""
+    """The sides of every expert of a module. Raises TensorMismatch where one is not finite."""
     assert isinstance(experts, TensorPoly1Experts)
     scale = (experts.gate.detach() / experts.spec.rank).float()
     sides = _scaled(*experts.leaf_sides(), scale)

@@ -26,9 +26,9 @@ RANK = 16
 
 @dataclass(frozen=True)
 class FactoredSides:
-    """Both sides of D tasks' adapters, every scale folded in; shifts are None where there are none.
+    """Both sides of D tasks' adapters, or of D experts, every scale folded in.
 
-    a_first [D, r, p], a_second [D, r, q], a_shift [D, 1]; the same for b.
+    a_first [D, r, p], a_second [D, r, q], a_shift [D, 1], None for 0; the same for b.
     """
 
     a_first: Tensor

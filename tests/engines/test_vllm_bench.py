@@ -8,7 +8,7 @@ from typing import Any
 
 from polyrex.server.engines.vllm_bench import MAIN, OTHERS, Part, comparisons, merged
 from polyrex.server.engines.vllm_bench_engines import IN_FLIGHT
-from polyrex.server.engines.vllm_bench_meter import Meter, popular
+from polyrex.server.engines.vllm_bench_meter import Comparison, Meter, popular
 from polyrex.server.engines.vllm_bench_report import read_document, write_report
 
 
@@ -64,9 +64,13 @@ def test_document_grows_by_parts(tmp_path: Path) -> None:
     predicted = {"base": 1e-3, "shared": 1e-4, "composed": 1e-3}
     layers = {"seconds": {"4096": measured}, "predicted": {"4096": predicted}}
     document = merged(document, "layers", Part({}, layers))
+    flat = Part.of({"idle_vs_base": Comparison(0.99, (0.9, 1.1))}, {"decode": {"idle": 7.0}})
+    document = merged(document, "flat", flat)
     write_report(document, tmp_path)
     table = (tmp_path / "bench_vllm.md").read_text()
     assert "| trex-mix | 0.8 |" in table
+    assert "| idle_vs_base | 0.99 (0.9 to 1.1) |" in table
+    assert "| idle | 7.0 |" in table
     assert "prefill, compiled" in table
     assert "| 4096 | 2 | 5% | 50% | 1 | 10% | 100% |" in table
     assert (tmp_path / "bench_vllm.png").stat().st_size > 0

@@ -60,6 +60,7 @@ TEXTS = (
 RESULTS = Path(__file__).parents[1] / "results" / "vllm_same_tokens.json"
 Embedded = Callable[[AdapterSpec, torch.dtype, SamplingParams], list[Answer]]
 Found = dict[str, dict[str, Any]]
+Compared = Callable[[Running, AdapterSpec], dict[str, float]]
 
 
 def requests(inventory: Inventory, sampling: SamplingParams) -> list[Asked]:
@@ -134,7 +135,7 @@ def embedded(base_path: str, inventories: dict[AdapterSpec, Inventory]) -> Embed
     return run
 
 
-@pytest.fixture(scope="module", params=["float32-eager", "bfloat16-eager", "float32-compiled"])
+@pytest.fixture(scope="module")
 def vllm(
     request: pytest.FixtureRequest, base_path: str, inventories: dict[AdapterSpec, Inventory]
 ) -> Iterator[tuple[str, Running]]:
@@ -144,6 +145,27 @@ def vllm(
         yield request.param, running
 
 
+@pytest.fixture(scope="module")
+def compared(
+    embedded: Embedded, inventories: dict[AdapterSpec, Inventory], found: Found
+) -> Compared:
+    """Log-probabilities in bfloat16, measured once a method."""
+
+    @cache
+    def run(running: Running, spec: AdapterSpec) -> dict[str, float]:
+        running.adapt(inventories[spec])
+        asked = requests(inventories[spec], SCORED)
+        result = found[spec_id(spec)]["bfloat16 log-probabilities"] = compare(
+            logprobs(running.answers(asked, SCORED)),
+            logprobs(embedded(spec, torch.bfloat16, SCORED)),
+            logprobs(embedded(spec, torch.float32, SCORED)),
+        )
+        return result
+
+    return run
+
+
+@pytest.mark.parametrize("vllm", ["float32-eager", "float32-compiled"], indirect=True)
 @pytest.mark.parametrize("spec", SPECS, ids=spec_id)
 def test_every_method_says_what_the_embedded_engine_says(
     vllm: tuple[str, Running],
@@ -154,22 +176,33 @@ def test_every_method_says_what_the_embedded_engine_says(
 ) -> None:
     mode, running = vllm
     running.adapt(inventories[spec])
-    if mode.startswith("bfloat16"):
-        asked = requests(inventories[spec], SCORED)
-        compared = found[spec_id(spec)]["bfloat16 log-probabilities"] = compare(
-            logprobs(running.answers(asked, SCORED)),
-            logprobs(embedded(spec, torch.bfloat16, SCORED)),
-            logprobs(embedded(spec, torch.float32, SCORED)),
-        )
-        # Two engines round the base model's logits differently: adapters may not add to that.
-        assert compared["of the mean"] < 1e-2
-        assert compared["with adapters"] < 1.25 * compared["without adapters"]
-        assert compared["vLLM from float32"] < 1.25 * compared["embedded from float32"]
-        assert compared["adapters' own part, float32"] > 4 * compared["with adapters"]
-        return
     asked = requests(inventories[spec], GREEDY)
     right = embedded(spec, torch.float32, GREEDY)
     answers = running.answers(asked, GREEDY)
     same = sum(one.ids == other.ids for one, other in zip(answers, right, strict=True))
     found[spec_id(spec)][f"{mode} same completions"] = [same, len(asked)]
     assert same == len(asked)
+
+
+@pytest.mark.parametrize("vllm", ["bfloat16-eager"], indirect=True)
+@pytest.mark.parametrize("spec", SPECS, ids=spec_id)
+class TestBfloat16:
+    """Log-probabilities of texts."""
+
+    @pytest.mark.xfail(
+        strict=True,
+        reason="the engines round the base model's logits 0.045 apart, without adapters",
+    )
+    def test_engines_are_within_a_hundredth(
+        self, vllm: tuple[str, Running], compared: Compared, spec: AdapterSpec
+    ) -> None:
+        assert compared(vllm[1], spec)["with adapters"] < 1e-2
+
+    def test_adapters_add_nothing_to_what_rounding_does(
+        self, vllm: tuple[str, Running], compared: Compared, spec: AdapterSpec
+    ) -> None:
+        found = compared(vllm[1], spec)
+        assert found["of the mean"] < 1e-2
+        assert found["with adapters"] < 1.25 * found["without adapters"]
+        assert found["vLLM from float32"] < 1.25 * found["embedded from float32"]
+        assert found["adapters' own part, float32"] > 4 * found["with adapters"]

@@ -29,6 +29,7 @@ def test_many_tasks_decoding_share(planner: SharedOrComposed) -> None:
 
 def test_one_task_and_long_prompts_are_composed(planner: SharedOrComposed) -> None:
     assert plan(planner, [7] * 60).path == "composed"
+    assert [plan(planner, [5] * 32).path for _ in range(3)] == ["shared", "composed", "composed"]
     found = plan(planner, [3] * 512 + [0] + [9] * 256)
     assert [(run.begin, run.end, run.row) for run in found.runs] == [(0, 512, 1), (513, 769, 2)]
 
