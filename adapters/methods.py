@@ -56,7 +56,7 @@ def make_experts(spec: AdapterSpec, target: TargetModule) -> Experts:
 def routing_shape(spec: AdapterSpec, targets: tuple[TargetModule, ...]) -> tuple[int, int]:
     """Shape of a router's tensor: (groups, R)."""
     groups = routing_groups(targets, spec.granularity)
-    return max(groups) + 1, method_class(spec.method).routing_size(spec)
+    return int(groups.max()) + 1, method_class(spec.method).routing_size(spec)
 
 
 def route(

@@ -7,6 +7,9 @@ import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from .errors import SpecError
 
 Granularity = Literal["module", "block", "model"]
@@ -81,20 +84,20 @@ class TargetModule:
 _BLOCK = re.compile(r"\.(\d+)\.")
 
 
-def routing_groups(targets: tuple[TargetModule, ...], granularity: Granularity) -> list[int]:
-    """For each target module, the row of the router that it reads.
+def routing_groups(targets: tuple[TargetModule, ...], granularity: Granularity) -> Tensor:
+    """For each target module, the row of the router that it reads: [M], int64.
 
     `block` groups modules by everything in their name up to the first number
     (`model.layers.3.` , `encoder.block.3.`), in order of first appearance.
     """
     if granularity == "model":
-        return [0] * len(targets)
+        return torch.zeros(len(targets), dtype=torch.int64)
     if granularity == "module":
-        return list(range(len(targets)))
+        return torch.arange(len(targets))
     seen: dict[str, int] = {}
     groups = []
     for target in targets:
         match = _BLOCK.search(target.name)
         key = target.name[: match.end()] if match else target.name
         groups.append(seen.setdefault(key, len(seen)))
-    return groups
+    return torch.tensor(groups)

@@ -286,7 +286,7 @@ def over_http(inventory: Inventory, tasks: int) -> float:
         server_process(inventory.path, Path(folder), *options) as (client, process),
     ):
         growth(client, process, inventory, tasks)
-        return statistics.median(register(client, inventory, f"n-{n}", n) for n in range(200))
+        return statistics.median(register(client, inventory, {f"n-{n}": n for n in range(200)}))
 
 
 def table_bytes(inventory: Inventory, tasks: int) -> float:
