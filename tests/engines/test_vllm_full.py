@@ -1,4 +1,4 @@
-"""Every method on vLLM with the real base model: `make test-vllm-full`, about an hour.
+"""Every method on vLLM with the real base model: `make test-vllm-full`, about half an hour.
 
 Writes what it finds to tests/results/vllm_same_tokens.json.
 """
