@@ -30,9 +30,19 @@ def write_report(document: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FILE).write_text(json.dumps(document, indent=2) + "\n")
     (folder / "bench_vllm.md").write_text(markdown(document))
-    modes = {key: document["figures"][key]["decode"] for key in MODES if key in document["figures"]}
-    if modes:
-        plot(modes, document["figures"]["machine"]["cpu"], folder / "bench_vllm.png")
+    figures = document["figures"]
+    parts = [part for part in (*MODES, "flat") if part in figures]
+    shares = {part: _shares(figures[part]["decode"]) for part in parts}
+    if "eager" in shares:
+        shares["eager"] |= shares.pop("flat", {})
+    if shares:
+        plot(shares, figures["machine"]["cpu"], folder / "bench_vllm.png")
+
+
+def _shares(rates: dict[str, float]) -> dict[str, float]:
+    """Of the throughput with LoRA off. Parts are measured at different times: only their ratios
+    can be compared."""
+    return {name: rate / rates["base"] for name, rate in rates.items() if name != "base"}
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -40,6 +50,7 @@ def markdown(document: dict[str, Any]) -> str:
     figures = document["figures"]
     about = ", ".join(f"{key} {value}" for key, value in figures["machine"].items())
     lines = [f"# polyrex on vLLM\n\nWritten by `{COMMAND}`. Machine: {about}.\n"]
+    lines.append("Tables were measured at different times, at whatever speed the machine had.\n")
     spread: dict[str, list[float]] = {}
     for part in figures.values():
         spread |= part.get("quartiles", {})
@@ -85,16 +96,17 @@ def _layers(layers: dict[str, Any]) -> list[str]:
 
 
 def plot(modes: dict[str, dict[str, float]], cpu: str, path: Path) -> None:
-    """Throughput of every decode-heavy run, by mode."""
-    names = list(dict.fromkeys(name for rates in modes.values() for name in rates))
+    """Every decode-heavy run as a share of the throughput with LoRA off, by mode."""
+    names = list(dict.fromkeys(name for shares in modes.values() for name in shares))
     figure, axes = plt.subplots(figsize=(9, 0.35 * len(names) + 1.5))
-    for offset, (mode, rates) in zip((-0.2, 0.2), modes.items(), strict=False):
-        known = [number for number, name in enumerate(names) if name in rates]
-        values = [rates[names[number]] for number in known]
+    for offset, (mode, shares) in zip((-0.2, 0.2), modes.items(), strict=False):
+        known = [number for number, name in enumerate(names) if name in shares]
+        values = [shares[names[number]] for number in known]
         axes.barh([number + offset for number in known], values, 0.4, label=mode)
+    axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlabel("tokens/s, 32 requests of 17 + 32 tokens at once")
+    axes.set_xlabel("tokens/s over those of vLLM with LoRA off, 32 requests of 17 + 32 tokens")
     axes.set_title(f"SmolLM2-135M, bfloat16, {cpu}")
     axes.legend()
     figure.tight_layout()

@@ -64,7 +64,8 @@ def test_document_grows_by_parts(tmp_path: Path) -> None:
     predicted = {"base": 1e-3, "shared": 1e-4, "composed": 1e-3}
     layers = {"seconds": {"4096": measured}, "predicted": {"4096": predicted}}
     document = merged(document, "layers", Part({}, layers))
-    flat = Part.of({"idle_vs_base": Comparison(0.99, (0.9, 1.1))}, {"decode": {"idle": 7.0}})
+    rates = {"decode": {"base": 8.0, "idle": 7.0}}
+    flat = Part.of({"idle_vs_base": Comparison(0.99, (0.9, 1.1))}, rates)
     document = merged(document, "flat", flat)
     write_report(document, tmp_path)
     table = (tmp_path / "bench_vllm.md").read_text()
