@@ -118,8 +118,8 @@ def cast_finite(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
 
 
 def _finite(tensor: Tensor) -> bool:
-    # 0 times NaN or infinity is NaN. A registration waits for this: isfinite takes five times as
-    # long on a router.
+    # 0 times NaN or infinity is NaN. A registration waits for this, and isfinite takes several
+    # times as long.
     return (tensor * 0).sum().item() == 0
 
 
