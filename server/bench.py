@@ -211,11 +211,12 @@ def register(client: httpx.Client, inventory: Inventory, tasks: Mapping[str, int
     """Register random tasks, name -> seed, over HTTP; seconds of each, from sending the request to
     the whole answer.
 
-    The standard library sends them where `client` connects to: httpx takes as long as the server.
+    The standard library sends them where `client` connects to: what httpx does in Python would be
+    a good part of the time.
     """
     seconds = []
-    connection = HTTPConnection(client.base_url.host, client.base_url.port or 80)
-    with closing(connection):
+    url = client.base_url
+    with closing(HTTPConnection(url.host, url.port, timeout=client.timeout.read)) as connection:
         connection.connect()
         for name, seed in tasks.items():
             metadata = RouterMetadata(inventory.sha256, name)

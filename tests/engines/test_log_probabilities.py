@@ -41,6 +41,7 @@ def test_completion_and_prompt_equal_a_plain_forward(
 def test_temperature_does_not_change_them(engine: EmbeddedEngine, plain: PlainModel) -> None:
     sampling = SamplingParams(3, temperature=1.7, top_p=0.8, seed=5, logprobs=0, ignore_eos=True)
     answer = asyncio.run(complete(engine, prompt(1), None, sampling))
+    assert len(answer.tokens) == 3
     check(answer.tokens, plain.logprobs(prompt(1) + answer.ids)[13:-1], 0)
 
 
