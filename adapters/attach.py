@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from polyrex.kernels.plan import Planner
 
 from .errors import SpecError
+from .intuition import Intuition
 from .methods import make_experts, route, routing_shape
 from .routed_linear import RoutedLinear, RoutingContext
 from .serving import Slice, make_planner, serve_layer
@@ -29,6 +30,7 @@ class AdaptedModel:
     targets: tuple[TargetModule, ...]
     layers: tuple[RoutedLinear, ...]
     context: RoutingContext
+    intuition: Intuition | None = None
 
     def routing_shape(self) -> tuple[int, int]:
         """Shape of a router's tensor: (groups, R)."""
@@ -36,12 +38,30 @@ class AdaptedModel:
 
     def route(self, logits: Tensor, *, sample: bool = False) -> Tensor:
         """Rows of the routing table, [..., M, W], of router logits [..., groups, R]."""
+        if self.intuition is not None:
+            logits = self.intuition.gates(logits)
         return route(self.spec, self.targets, logits, sample=sample)
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Derive every layer's operands once, where the experts stay as they are."""
         for layer in self.layers:
             layer.prepare(dtype)
+
+    def compose(self, weights: Tensor, dtype: torch.dtype) -> None:
+        """Have every layer add the adapters of these rows of routing weights, [D, M, W].
+
+        `LowRank.delta` says which tokens they are for. Nothing happens where tokens choose.
+        """
+        for layer in self.layers:
+            if not layer.experts.routes_by_token:
+                operands = layer.operands or layer.experts.operands(dtype)
+                layer.composed = layer.experts.compose(operands, weights[:, layer.index], dtype)
+
+    def release(self) -> None:
+        """Forget the routing of the last pass, and what was composed for it."""
+        self.context.step = None
+        for layer in self.layers:
+            layer.composed = None
 
     def serve(self, dtype: torch.dtype, state_bytes: int) -> Planner:
         """Freeze the experts into what an engine's products read; returns what plans its steps.
@@ -79,12 +99,21 @@ def find_targets(model: nn.Module, pattern: str = ALL_PROJECTIONS) -> tuple[Targ
 
 
 def attach(
-    model: nn.Module, spec: AdapterSpec, targets: tuple[TargetModule, ...], *, seed: int = 0
+    model: nn.Module,
+    spec: AdapterSpec,
+    targets: tuple[TargetModule, ...],
+    *,
+    seed: int = 0,
+    intuition: Intuition | None = None,
 ) -> AdaptedModel:
     """Freeze `model` and replace each target module by a RoutedLinear with fresh experts.
 
-    Raises SpecError where a target is missing, is no linear layer, or has another shape.
+    Raises SpecError where a target is missing, is no linear layer, or has another shape, and where
+    the spec's intuition is not the one that is given.
     """
+    centroids = None if intuition is None else len(intuition.centroids)
+    if centroids != spec.intuition:
+        raise SpecError(f"{spec.method}: intuition of {spec.intuition} centroids, got {centroids}")
     model.requires_grad_(False)
     context = RoutingContext()
     generator = torch.Generator().manual_seed(seed)
@@ -105,4 +134,4 @@ def attach(
         layers.append(RoutedLinear(base, experts, index, context))
         parent, _, attribute = target.name.rpartition(".")
         setattr(modules[parent], attribute, layers[-1])
-    return AdaptedModel(model, spec, targets, tuple(layers), context)
+    return AdaptedModel(model, spec, targets, tuple(layers), context, intuition)

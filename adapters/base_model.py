@@ -18,6 +18,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
@@ -129,7 +130,8 @@ def _convert_smollm2(target: Path) -> None:
 def load_base(path: str, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
     """The base model in evaluation mode, frozen; `path` as `resolve_base` returns it."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model: nn.Module = kind.from_pretrained(
         path, config=config, dtype=dtype, trust_remote_code=False
     )
     return model.to(device).eval().requires_grad_(False)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from polyrex.kernels.routing import ModuleRouting
 from polyrex.kernels.token_space_layer import TokenGates
 
+from .composed import Composed
 from .errors import SpecError
 from .spec import AdapterSpec, TargetModule
 
@@ -24,10 +25,11 @@ choose for themselves, leaves, or the bonds of a tensor train."""
 class Experts(nn.Module):
     """The latent experts of one target module: parameters, and the formula that applies them.
 
-    The formula is cut in three, so that training and serving share it and neither repeats work:
-    `route` turns a router's logits into routing weights (once per task), `operands` turns
-    parameters into the tensors that the products read (once per load when serving, once per step
-    when training), and `delta` does what depends on tokens.
+    The formula is cut up, so that training and serving share it and neither repeats work: `route`
+    turns a router's logits into routing weights (once per task), `operands` turns parameters into
+    the tensors that the products read (once per load when serving, once per step when training),
+    and `delta` does what depends on tokens. Where tokens do not choose, `compose` multiplies out
+    whole tasks from operands and routing weights.
     """
 
     method: ClassVar[str]
@@ -102,6 +104,13 @@ class Experts(nn.Module):
     def token_gates(self, operands: Operands) -> TokenGates:
         """How tokens choose, for methods in token space."""
         raise NotImplementedError(f"{self.method}'s tokens do not choose")
+
+    def compose(self, operands: Operands, weights: Tensor, dtype: torch.dtype) -> Composed:
+        """The adapters of D tasks in `dtype`, from their rows of routing weights [D, W].
+
+        Differentiable in both. Raises SpecError where each token has an adapter of its own.
+        """
+        raise SpecError(f"{self.method}: every token has its own adapter, a task has none")
 
     @abstractmethod
     def delta(self, operands: Operands, x: Tensor, routing: ModuleRouting) -> Tensor:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,13 @@ class TensorFile:
         if not isinstance(value, dict):
             raise MalformedFile(f"{self.source}: {key!r} must be a JSON object, got {value!r:.80}")
         return value
+
+    def only(self, names: Iterable[str]) -> TensorFile:
+        """The same file, of whose tensors only these are seen."""
+        kept = set(names)
+        tensors = {name: found for name, found in self.tensors.items() if name in kept}
+        values = {name: value for name, value in self.values.items() if name in kept}
+        return TensorFile(self.source, self.metadata, tensors, values)
 
     def checked(self, expected: Mapping[str, Shape], dtypes: tuple[str, ...]) -> dict[str, Tensor]:
         """The tensors, exactly those expected, as float32 and finite.

@@ -9,6 +9,9 @@ Tensors are named `<module>.<parameter>`. The metadata, all strings:
 | hyperparameters | AdapterSpec as JSON |
 | base | BaseIdentity as JSON |
 | targets | JSON list of [module, d_in, d_out] |
+| encoder | EncoderIdentity as JSON, where T-REX has an intuition |
+
+With an intuition there are two more tensors, `intuition.centroids` and `intuition.map`.
 
 The sha256 of the file is its id; routers name it.
 """
@@ -38,6 +41,7 @@ from .files import (
     sha256,
     write_atomic,
 )
+from .intuition import EncoderIdentity, Intuition, gates_of
 from .methods import make_experts, method_class, route, routing_shape
 from .spec import AdapterSpec, TargetModule
 
@@ -54,6 +58,7 @@ class Inventory:
     spec: AdapterSpec
     targets: tuple[TargetModule, ...]
     base: BaseIdentity
+    intuition: Intuition | None = None
 
     @cached_property
     def routing_shape(self) -> tuple[int, int]:
@@ -72,6 +77,8 @@ class Inventory:
 
     def route(self, logits: Tensor) -> Tensor:
         """The row of the routing table, [M, W], of a router's logits [groups, R]."""
+        if self.intuition is not None:
+            logits = self.intuition.gates(logits)
         return route(self.spec, self.targets, logits)
 
 
@@ -84,7 +91,7 @@ def write_inventory(
     """
     tensors = {
         name: cast_finite(parameter.detach().cpu(), dtype, f"{path}: tensor {name}")
-        for name, parameter in _parameters(adapted).items()
+        for name, parameter in _tensors(adapted).items()
     }
     metadata = {
         "format": FORMAT,
@@ -94,6 +101,8 @@ def write_inventory(
         "base": json.dumps(asdict(identify(adapted.model)), sort_keys=True),
         "targets": json.dumps([[t.name, t.d_in, t.d_out] for t in adapted.targets]),
     }
+    if adapted.intuition is not None:
+        metadata["encoder"] = json.dumps(asdict(adapted.intuition.encoder), sort_keys=True)
     data = serialise(tensors, metadata)
     write_atomic(path, data)
     return sha256(data)
@@ -117,7 +126,7 @@ def load_experts(inventory: Inventory, model: nn.Module) -> AdaptedModel:
     inventory.base.check(identify(model), str(inventory.path))
     experts = read_experts(inventory)
     try:
-        adapted = attach(model, inventory.spec, inventory.targets)
+        adapted = attach(model, inventory.spec, inventory.targets, intuition=inventory.intuition)
     except SpecError as error:
         raise BaseModelMismatch(f"{inventory.path}: {error}") from error
     for layer, found in zip(adapted.layers, experts, strict=True):
@@ -155,12 +164,30 @@ def expected_tensors(spec: AdapterSpec, targets: tuple[TargetModule, ...]) -> di
         }
 
 
-def _parameters(adapted: AdaptedModel) -> Mapping[str, nn.Parameter]:
-    return {
+def _tensors(adapted: AdaptedModel) -> Mapping[str, Tensor]:
+    tensors: dict[str, Tensor] = {
         f"{target.name}.{name}": parameter
         for target, layer in zip(adapted.targets, adapted.layers, strict=True)
         for name, parameter in layer.experts.named_parameters()
     }
+    if adapted.intuition is not None:
+        tensors |= {f"intuition.{k}": v for k, v in adapted.intuition.state_dict().items()}
+    return tensors
+
+
+def _intuition(spec: AdapterSpec, file: TensorFile) -> Intuition | None:
+    if spec.intuition is None:
+        return None
+    encoder = EncoderIdentity(**file.json_object("encoder"))
+    gates, centroids = gates_of(spec), spec.intuition
+    shapes = {"centroids": (centroids, encoder.dimension), "map": (gates, centroids)}
+    own = {f"intuition.{name}": shape for name, shape in shapes.items()}
+    here = file.only(own.keys())
+    found = here.checked(own, tuple(STORED_DTYPES))
+    intuition = Intuition(found["intuition.centroids"], encoder, gates)
+    with torch.no_grad():
+        intuition.map.copy_(found["intuition.map"])
+    return intuition.requires_grad_(False)
 
 
 def _read(path: Path) -> tuple[Inventory, TensorFile]:
@@ -180,4 +207,8 @@ def _read(path: Path) -> tuple[Inventory, TensorFile]:
         raise MalformedFile(f"{path}: {error}") from error
     if not targets:
         raise MalformedFile(f"{path}: it names no target modules")
-    return Inventory(path, sha256(data), spec, targets, base), file
+    intuition = _intuition(spec, file)
+    if intuition is not None:
+        names = [name for name in file.tensors if not name.startswith("intuition.")]
+        file = file.only(names)
+    return Inventory(path, sha256(data), spec, targets, base, intuition), file

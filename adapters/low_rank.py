@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from polyrex.kernels.rank_space import composed_rank_space, rank_space
+from polyrex.kernels.rank_space import rank_space
 from polyrex.kernels.routing import ModuleRouting
 
+from .composed import LowRank
 from .errors import SpecError
 from .experts import Experts, Operands, Space, normalised_gates
 from .spec import AdapterSpec, TargetModule
@@ -41,15 +42,23 @@ class RankSpaceExperts(Experts):
     def route(cls, spec: AdapterSpec, logits: Tensor, *, sample: bool = False) -> Tensor:
         return normalised_gates(logits, spec.experts, sample=sample)
 
+    def compose(self, operands: Operands, weights: Tensor, dtype: torch.dtype) -> LowRank:
+        experts = self.spec.experts
+        by_split = weights.view(len(weights), -1, experts).transpose(0, 1)  # [S, D, E]
+
+        def mixed(side: Tensor) -> Tensor:  # [S, E*r, d/S] -> [D, r, d]
+            rank = side.shape[1] // experts
+            product = torch.bmm(by_split.to(side.dtype), side.reshape(len(side), experts, -1))
+            by_row = product.view(len(side), len(weights), rank, -1).permute(1, 2, 0, 3)
+            return by_row.flatten(2).to(dtype)
+
+        a, b = operands
+        return LowRank(mixed(a), mixed(b))
+
     def delta(self, operands: Operands, x: Tensor, routing: ModuleRouting) -> Tensor:
         a, b = operands
-        splits = a.shape[0]
-        if routing.step.run > 1:
-            weights = routing.run_weights
-            weights = weights.view(len(weights), splits, self.spec.experts)
-            runs = x.view(len(weights), routing.step.run, x.shape[1])
-            return composed_rank_space(runs, a, b, weights).flatten(0, 1)
-        return rank_space(x, a, b, routing.token_weights.view(len(x), splits, self.spec.experts))
+        weights = routing.token_weights.view(len(x), a.shape[0], self.spec.experts)
+        return rank_space(x, a, b, weights)
 
 
 class MhrExperts(RankSpaceExperts):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .attach import find_targets
+from .attach import ALL_PROJECTIONS, find_targets
 from .errors import FileError
+from .intuition import gates_of
 from .methods import make_experts, routing_shape
 from .spec import AdapterSpec, TargetModule
 
@@ -20,6 +22,7 @@ class ParameterCounts:
     modules: int
     tasks: int
     experts: int  # the inventory, shared by all tasks
+    token_routers: int  # of them, what lets tokens choose
     routing_per_task: int  # a router
 
     @property
@@ -38,39 +41,47 @@ def count_parameters(
 ) -> ParameterCounts:
     """Count what training would instantiate; raises SpecError as `make_experts` does."""
     with torch.device("meta"):
-        experts = sum(
-            parameter.numel()
+        sizes = [
+            (name, parameter.numel())
             for target in targets
-            for parameter in make_experts(spec, target).parameters()
-        )
+            for name, parameter in make_experts(spec, target).named_parameters()
+        ]
+    experts = sum(size for _, size in sizes) + (spec.intuition or 0) * gates_of(spec)
+    token_routers = sum(size for name, size in sizes if name == "token_router")
     groups, logits = routing_shape(spec, targets)
-    return ParameterCounts(len(targets), tasks, experts, groups * logits)
+    return ParameterCounts(len(targets), tasks, experts, token_routers, groups * logits)
 
 
-def base_targets(base: str) -> tuple[TargetModule, ...]:
+def base_targets(base: str, pattern: str = ALL_PROJECTIONS) -> tuple[TargetModule, ...]:
     """The target modules of a base model: one named here, or a folder that transformers loads.
 
-    Of a folder only the config is read. Raises FileError where there is none.
+    Of a folder only the config is read. `pattern` is a regular expression on their names; of
+    t0-3b all are targets without one. Raises FileError where there is no such model, SpecError
+    where no module matches.
     """
     if base in _NAMED:
-        return _NAMED[base]
+        matches = re.compile(pattern).fullmatch
+        known = _NAMED[base]
+        return tuple(t for t in known if matches(t.name)) if pattern != ALL_PROJECTIONS else known
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         raise FileError(f"{base}: neither {' nor '.join(_NAMED)}, and {error}") from error
-    return find_targets(model)
+    return find_targets(model, pattern)
 
 
 def describe(counts: ParameterCounts) -> str:
     """The counts as a small table for people."""
-    rows = (
-        ("experts (the inventory)", counts.experts),
+    rows = [("experts (the inventory)", counts.experts)]
+    if counts.token_routers:
+        rows.append(("of them token routers", counts.token_routers))
+    rows += [
         ("routing per task", counts.routing_per_task),
         (f"multi-task ({counts.tasks} tasks)", counts.multi_task),
         ("adaptation (one new task)", counts.adaptation),
-    )
+    ]
     lines = [f"{label:<28}{count:>16,}{abbreviate(count):>9}" for label, count in rows]
     return "\n".join([f"{counts.modules} target modules", *lines])
 

@@ -74,7 +74,7 @@ class TaskRegistry:
 
     def __init__(self, folder: Path, inventory: Inventory, shipped: Path | None = None) -> None:
         self._folder = folder
-        self._inventory = inventory
+        self.inventory = inventory
         self._lock = threading.Lock()
         self._entries: dict[str, _Entry] = {}
         self._rejected: dict[str, str] = {}
@@ -107,7 +107,7 @@ class TaskRegistry:
         """
         if not TASK_NAME.fullmatch(name):
             raise InvalidTaskName(f"a task name matches {TASK_NAME.pattern}, got {name!r:.80}")
-        router = read_router(data, f"router of task {name}", self._inventory)
+        router = read_router(data, f"router of task {name}", self.inventory)
         with self._lock:
             if same := self._same(name, router, replace):
                 return _info(name, same, router), False
@@ -226,10 +226,10 @@ class TaskRegistry:
     def _read(self, path: Path) -> Router:
         try:
             with path.open("rb") as file:
-                data = file.read(size_limit(self._inventory) + 1)
+                data = file.read(size_limit(self.inventory) + 1)
         except OSError as error:
             raise FileError(f"{path}: cannot be read: {error.strerror}") from error
-        return read_router(data, str(path), self._inventory)
+        return read_router(data, str(path), self.inventory)
 
     def _tombstone(self, name: str) -> Path:
         return self._folder / f"{name}.dropped"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from polyrex.kernels.routing import StepRouting
 
+from .composed import Composed
 from .experts import Experts, Operands
 from .serving import ServedLayer, frozen_operands
 
@@ -36,8 +37,16 @@ class RoutedLinear(nn.Module):
         self.context = context
         self.operands: Operands | None = None
         """What whoever runs the model made of the experts; None: made in every forward pass."""
+        self.composed: Composed | None = None
+        """The adapters of a batch's rows, or one for all, where whoever runs the model built them:
+        they are then what is added, and the step's routing is not read."""
         self.served: ServedLayer | None = None
         """Set by an engine: the adapter frozen, in the form that is fastest to run."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight: some models look at its dtype before they call the layer."""
+        return self.base.weight
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Derive the operands once, where the experts stay as they are.
@@ -51,9 +60,12 @@ class RoutedLinear(nn.Module):
         step = self.context.step
         if step is None:
             return y
+        if self.composed is not None:
+            return y + self.composed.delta(x)[..., : y.shape[-1]]
         flat = x.reshape(-1, x.shape[-1])
         if self.served is not None:
             self.served.add_(y.view(-1, y.shape[-1]), flat, step)
             return y
         operands = self.operands or self.experts.operands(x.dtype)
-        return y + self.experts.delta(operands, flat, step.module(self.index)).view(y.shape)
+        routing = step.spread(len(flat)).module(self.index)
+        return y + self.experts.delta(operands, flat, routing).view(y.shape)

@@ -24,7 +24,8 @@ class AdapterSpec:
     `rank` is the LoRA rank r, and the number I of rank-one experts on the input side of T-REX;
     `rank_out` is J, the number on its output side. `granularity` says how many modules share one
     row of routing logits: each its own (`module`, the papers' fine), one a transformer block, or
-    one for the model.
+    one for the model. `intuition` is the number of centroids that T-REX knows texts by; a router
+    then holds a text's (or a task's) cosines with them, for the whole model.
     """
 
     method: str
@@ -38,9 +39,10 @@ class AdapterSpec:
     rank_out: int | None = None
     top_k: int | None = None
     granularity: Granularity = "module"
+    intuition: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("rank", "experts", "order", "splits", "rank_out", "top_k"):
+        for name in ("rank", "experts", "order", "splits", "rank_out", "top_k", "intuition"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SpecError(f"{self.method}: {name} must be at least 1, got {value}")
@@ -57,7 +59,10 @@ class AdapterSpec:
 
     def to_json(self) -> str:
         """The hyperparameters as one line of JSON, as it stands in file metadata."""
-        return json.dumps(asdict(self), sort_keys=True)
+        values = asdict(self)
+        if self.intuition is None:
+            del values["intuition"]  # files from before there was one say the same
+        return json.dumps(values, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> AdapterSpec:

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from polyrex.kernels.routing import ModuleRouting
 
+from .composed import LowRank
 from .experts import Operands, Space
+from .fused_factor import fused_factor
 from .spec import AdapterSpec
 from .tensor_product import FactoredSide, factor_leaves, factored_expand, factored_shrink
 from .tensorpoly import TensorPoly1Experts
@@ -36,18 +38,29 @@ class TensorPoly2Experts(TensorPoly1Experts):
         leaves = torch.cat((self.weight_leafs_a.flatten(2), self.weight_leafs_b.flatten(2)), -1)
         return leaves.to(wide), (self.gate / self.spec.rank).to(wide)
 
-    def sides(self, operands: Operands, weights: Tensor) -> tuple[FactoredSide, FactoredSide]:
-        """Both sides of D tasks' adapters, from their rows of routing weights [D, W]."""
+    def mixed_leaves(self, operands: Operands, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """D tasks' leaves of both sides, [N, D, r, q], from their routing weights [D, W]."""
         leaves, _ = operands  # [N, E, r * (q_in + q_out)]
         order, experts, rank = *leaves.shape[:2], self.spec.rank
         by_order = weights.view(-1, order, experts).transpose(0, 1).to(leaves.dtype)
         mixed = torch.bmm(by_order, leaves)  # [N, D, r * (q_in + q_out)]
         split = self.weight_leafs_a[0, 0].numel()
-        side_a, side_b = (
-            factor_leaves(side.reshape(order, len(weights), rank, -1), self.spec.norm)
-            for side in (mixed[..., :split], mixed[..., split:])
+        side_a, side_b = mixed[..., :split], mixed[..., split:]
+        shape = order, len(weights), rank, -1
+        return side_a.reshape(shape), side_b.reshape(shape)
+
+    def sides(self, operands: Operands, weights: Tensor) -> tuple[FactoredSide, FactoredSide]:
+        """Both sides of D tasks' adapters, from their rows of routing weights [D, W]."""
+        leaves_a, leaves_b = self.mixed_leaves(operands, weights)
+        return factor_leaves(leaves_a, self.spec.norm), factor_leaves(leaves_b, self.spec.norm)
+
+    def compose(self, operands: Operands, weights: Tensor, dtype: torch.dtype) -> LowRank:
+        leaves_a, leaves_b = self.mixed_leaves(operands, weights)
+        b = fused_factor(leaves_b, self.target.d_out, self.spec.norm, dtype)
+        return LowRank(
+            fused_factor(leaves_a, self.target.d_in, self.spec.norm, dtype),
+            b * operands[1].to(dtype),
         )
-        return side_a, side_b
 
     def delta(self, operands: Operands, x: Tensor, routing: ModuleRouting) -> Tensor:
         leaves, scale = operands

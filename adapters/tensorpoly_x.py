@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from polyrex.kernels.kronecker import KroneckerFactors
 from polyrex.kernels.routing import ModuleRouting
 
+from .composed import Kronecker
 from .experts import Experts, Operands, Space, normalised_gates
 from .spec import AdapterSpec, TargetModule
 from .tensor_product import leaf_size
@@ -24,8 +25,9 @@ class TensorPolyXExperts(Experts):
     Core n is `[q, E, q, E]`, the last one `[q, E, q, m]`, with `q = ceil(d_in ** (1/N))` and
     `m = ceil(d_out / d_in)`: axes are a digit of the input, the left bond, a digit of the output,
     the right bond. `W_t[i_1..i_N, j_1..j_N m] = sum over bonds of prod_n w_t,n,e_n core_n[i_n, e_n,
-    j_n, e_(n+1)]`, the first bond summed over as well, cut to `[d_in, d_out]`. W_t is never built:
-    tokens are contracted with one core after the other, and weighted by their routing in between.
+    j_n, e_(n+1)]`, the first bond summed over as well, cut to `[d_in, d_out]`. `delta` never builds
+    W_t: tokens are contracted with one core after the other, and weighted by their routing in
+    between.
     """
 
     method = "tensorpoly-x"
@@ -87,6 +89,10 @@ class TensorPolyXExperts(Experts):
         second = reduce(_joined, cores[middle:]).flatten(3)
         rows = math.ceil(self.target.d_out / second.shape[3])
         return KroneckerFactors(first[..., :rows], second)
+
+    def compose(self, operands: Operands, weights: Tensor, dtype: torch.dtype) -> Kronecker:
+        factors = self.factors(operands, weights.to(operands[0].dtype))
+        return Kronecker(factors.first.to(dtype), factors.second.to(dtype))
 
     def delta(self, operands: Operands, x: Tensor, routing: ModuleRouting) -> Tensor:
         tokens, order, experts = len(x), len(operands), self.spec.experts

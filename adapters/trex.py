@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from polyrex.kernels.routing import ModuleRouting
 from polyrex.kernels.token_space_layer import TokenGates
 
+from .composed import LowRank
 from .errors import SpecError
 from .experts import Experts, Operands, Space
+from .intuition import gates_of
 from .low_rank import initial_side
 from .spec import AdapterSpec, TargetModule
 
@@ -24,22 +26,24 @@ class TrexExperts(Experts):
 
     G holds a gate for each of the I*J pairs, `g = 32 omega softmax(R x) + 4 (1 - omega) c`, with
     `omega = sigmoid(100 omega_raw)`, R the module's token router `[I*J, d_in]`, and c the intuition
-    of the task: its router. Three forms: `mix` as above; `diagonal`, I = J and only the I gates on
-    the diagonal; `static`, omega = 0 and G itself free for each module and task:
-    `delta = B G^T A x`, with neither token router nor scalar gates.
+    of the task: its router. With `intuition = K`, the router holds K cosines with centroids of
+    texts, and a map that all modules share makes c of them (adapters/intuition.py). Three forms:
+    `mix` as above; `diagonal`, I = J and only the I gates on the diagonal; `static`, omega = 0 and
+    G itself free for each module and task: `delta = B G^T A x`, with neither token router nor
+    scalar gates.
 
     A row of the routing table is c behind a switch that is 1; for `static` it is G.
     """
 
     method = "trex"
-    uses = frozenset({"rank", "rank_out", "form", "granularity"})
+    uses = frozenset({"rank", "rank_out", "form", "granularity", "intuition"})
 
     def __init__(self, spec: AdapterSpec, target: TargetModule) -> None:
         super().__init__(spec, target)
         self.lora_a = nn.Parameter(torch.empty(spec.rank, target.d_in))
         self.lora_b = nn.Parameter(torch.empty(target.d_out, _rank_out(spec)))
         if spec.form != "static":
-            self.token_router = nn.Parameter(torch.empty(self.routing_size(spec), target.d_in))
+            self.token_router = nn.Parameter(torch.empty(gates_of(spec), target.d_in))
             self.omega_raw = nn.Parameter(torch.empty(()))
             self.gate_raw = nn.Parameter(torch.empty(()))
 
@@ -54,6 +58,11 @@ class TrexExperts(Experts):
     @classmethod
     def check(cls, spec: AdapterSpec) -> None:
         super().check(spec)
+        if spec.intuition and (spec.form == "static" or spec.granularity != "model"):
+            raise SpecError(
+                "trex: intuition needs granularity=model, and form mix or diagonal; "
+                f"got {spec.granularity} and {spec.form}"
+            )
         if spec.form == "diagonal" and _rank_out(spec) != spec.rank:
             raise SpecError(
                 f"trex: form=diagonal needs rank_out equal to rank {spec.rank}, got {spec.rank_out}"
@@ -61,11 +70,11 @@ class TrexExperts(Experts):
 
     @classmethod
     def routing_size(cls, spec: AdapterSpec) -> int:
-        return spec.rank * (1 if spec.form == "diagonal" else _rank_out(spec))
+        return spec.intuition or gates_of(spec)
 
     @classmethod
     def table_size(cls, spec: AdapterSpec) -> int:
-        return cls.routing_size(spec) + (spec.form != "static")
+        return gates_of(spec) + (spec.form != "static")
 
     @classmethod
     def initial_logits(cls, spec: AdapterSpec, generator: torch.Generator) -> Tensor:
@@ -102,6 +111,14 @@ class TrexExperts(Experts):
     def token_gates(self, operands: Operands) -> TokenGates:
         _, _, router, token, task = operands
         return TokenGates(router, token.item(), task.item(), pairs=self.spec.form == "mix")
+
+    def compose(self, operands: Operands, weights: Tensor, dtype: torch.dtype) -> LowRank:
+        """Of the static form: `A` as it is, and `G_t B^T`."""
+        if self.spec.form != "static":
+            return super().compose(operands, weights, dtype)  # type: ignore[return-value]
+        a, b = operands
+        cores = weights.view(len(weights), len(a), -1).to(b.dtype)
+        return LowRank(a.to(dtype).expand(len(weights), -1, -1), (cores @ b.T).to(dtype))
 
     def delta(self, operands: Operands, x: Tensor, routing: ModuleRouting) -> Tensor:
         a, b, *gates = operands

@@ -1,9 +1,5 @@
-"""The routed low-rank product, two ways.
-
-`rank_space` is the shared path: no task's weights are ever built, and its cost does not depend on
-how many tasks there are. `composed_rank_space` builds each distinct task's A and B once and serves
-runs of tokens with them: an E-th of the multiplications where runs are long and tasks are few.
-"""
+"""The routed low-rank product on the shared path: no task's weights are ever built, and its cost
+does not depend on how many tasks there are."""
 
 from __future__ import annotations
 
@@ -62,24 +58,3 @@ def rank_space(x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     spread = torch.bmm(weights.reshape(tokens, splits * experts, 1), hidden)  # [T, S*E, r]
     by_split = spread.view(tokens, splits, experts * rank).transpose(0, 1)
     return torch.bmm(by_split, b).transpose(0, 1).flatten(1)
-
-
-def composed_rank_space(x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
-    """The delta of `rank_space`, for G runs of n tokens that share a row of routing weights.
-
-    | argument | shape | meaning |
-    |---|---|---|
-    | x | [G, n, d_in] | runs of tokens |
-    | a, b | as in `rank_space` | |
-    | weights | [G, S, E] | routing weights of the runs, same dtype as x |
-
-    Returns [G, n, d_out] in the dtype of x.
-    """
-    runs, splits, experts = weights.shape
-    rank = a.shape[1] // experts
-    by_split = weights.transpose(0, 1)  # [S, G, E]
-    side_a = torch.bmm(by_split, a.reshape(splits, experts, -1))  # [S, G, r * d_in/S]
-    side_a = side_a.view(splits, runs, rank, -1).permute(1, 2, 0, 3).flatten(2)  # [G, r, d_in]
-    side_b = torch.bmm(by_split, b.reshape(splits, experts, -1))  # [S, G, r * d_out/S]
-    side_b = side_b.view(splits, runs, rank, -1).permute(1, 2, 0, 3).flatten(2)  # [G, r, d_out]
-    return torch.bmm(torch.bmm(x, side_a.transpose(1, 2)), side_b)

@@ -6,7 +6,7 @@ A row of zeros means no adapter: every method's delta is exactly 0 for it. Slot 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -19,15 +19,26 @@ from .plan import SHARED, Plan, Planner, SharedOnly, log_change
 class StepRouting:
     """The routing of one forward pass over M modules, gathered once for all of them.
 
-    T tokens, D distinct rows of W weights a module. `run` says that the tokens come in runs of
-    that many with the same row, as in a padded batch: weights may then be composed once a run.
+    T tokens, D distinct rows of W weights a module.
     """
 
     weights: Tensor  # [D, M, W] float32, one entry per distinct row
     rows: Tensor  # [T] int64, which of the D each token uses
     dtype: torch.dtype
-    run: int = 1
     plan: Plan = SHARED
+    _spread: dict[int, StepRouting] = field(default_factory=dict, repr=False, compare=False)
+
+    def spread(self, tokens: int) -> StepRouting:
+        """The same rows for `tokens` in all, each for as many one after the other.
+
+        What a padded batch needs, whose rows are of one task each.
+        """
+        if tokens == len(self.rows):
+            return self
+        if tokens not in self._spread:
+            rows = self.rows.repeat_interleave(tokens // len(self.rows))
+            self._spread[tokens] = StepRouting(self.weights, rows, self.dtype)
+        return self._spread[tokens]
 
     # Cut into modules by one unbind: the gradient of indexing one module would be a tensor of all.
     @cached_property
@@ -44,12 +55,6 @@ class StepRouting:
     def by_token(self) -> Tensor:
         """[T, M, W] in the compute dtype."""
         return self.weights.to(self.dtype).index_select(0, self.rows)
-
-    @cached_property
-    def run_weights(self) -> tuple[Tensor, ...]:
-        """M times [T / run, W] in the compute dtype: the row of each run."""
-        rows = self.rows[:: self.run]
-        return self.weights.to(self.dtype).index_select(0, rows).unbind(1)
 
     @cached_property
     def places(self) -> Tensor:
@@ -85,11 +90,6 @@ class ModuleRouting:
     def token_weights(self) -> Tensor:
         """[T, W] in the compute dtype: weights[rows]."""
         return self.step.token_weights[self.index]
-
-    @property
-    def run_weights(self) -> Tensor:
-        """[T / run, W] in the compute dtype."""
-        return self.step.run_weights[self.index]
 
 
 @dataclass(frozen=True)

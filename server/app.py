@@ -12,12 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from polyrex.adapters.registry import TaskRegistry
 
-from . import health_routes, openai_routes, task_routes
+from . import fit_routes, health_routes, openai_routes, task_routes
 from .admission import Gate, Readiness
 from .auth import Authentication
 from .config import ServerConfig
 from .engines.base import Engine
 from .errors import install_error_handlers
+from .fitting import Fitter
+from .intuition import PromptIntuition
 from .limits import BodyLimit, CountAnswers, HeaderLimit
 from .metrics import Metrics
 from .services import Services
@@ -31,6 +33,7 @@ def create_app(
     engine: Engine,
     registry: TaskRegistry,
     tokenizer: PreTrainedTokenizerBase,
+    intuition: PromptIntuition | None = None,
 ) -> FastAPI:
     """The application over an engine that is not started yet: its lifespan starts and stops it.
 
@@ -46,10 +49,12 @@ def create_app(
         metrics=Metrics(engine.stats, registry, lambda: gate.in_flight),
         gate=gate,
         readiness=Readiness(),
+        fitter=Fitter(config.model, registry),
+        intuition=intuition,
     )
     app = FastAPI(title="polyrex", lifespan=_lifespan, redirect_slashes=False)
     app.state.services = services
-    for routes in (openai_routes, task_routes, health_routes):
+    for routes in (openai_routes, task_routes, fit_routes, health_routes):
         app.include_router(routes.router)
     install_error_handlers(app)
     # The last one added is the outermost.

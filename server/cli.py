@@ -16,9 +16,13 @@ import typer
 COMMANDS = {
     "serve": "polyrex.server.cli_serve",
     "tasks": "polyrex.server.cli_tasks",
+    "fit": "polyrex.server.cli_fit",
     "train": "polyrex.training.cli",
     "adapt": "polyrex.training.cli",
     "evaluate": "polyrex.training.cli",
+    "export": "polyrex.training.cli_exchange",
+    "import-poly": "polyrex.training.cli_exchange",
+    "compress": "polyrex.training.cli_exchange",
     "params": "polyrex.server.cli_params",
     "plan": "polyrex.server.cli_plan",
 }
@@ -33,7 +37,7 @@ def command_line(names: Iterable[str]) -> typer.Typer:
         """Serve thousands of tasks from one frozen language model."""
 
     for name in names:
-        command = getattr(import_module(COMMANDS[name]), name)
+        command = getattr(import_module(COMMANDS[name]), name.replace("-", "_"))
         if isinstance(command, typer.Typer):
             program.add_typer(command, name=name)
         else:

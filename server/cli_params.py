@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from polyrex.adapters.attach import ALL_PROJECTIONS
 from polyrex.adapters.base_model import DEFAULT_BASE
 from polyrex.adapters.methods import METHODS
 from polyrex.adapters.parameter_counts import base_targets, count_parameters, describe
@@ -30,6 +31,12 @@ def params(
     granularity: Annotated[
         str, typer.Option(help="Modules that share routing logits: module, block or model.")
     ] = AdapterSpec.granularity,
+    intuition: Annotated[
+        int | None, typer.Option(help="Centroids of T-REX's intuition; none without.")
+    ] = AdapterSpec.intuition,
+    targets: Annotated[
+        str, typer.Option(help="Regular expression on module names.", show_default="projections")
+    ] = ALL_PROJECTIONS,
     tasks: Annotated[int, typer.Option(min=1, help="Training tasks.")] = 1,
 ) -> None:
     """Print the parameter counts of a method: multi-task training, and adapting to a new task."""
@@ -41,6 +48,7 @@ def params(
         order=order,
         splits=splits,
         rank_out=rank_out,
+        intuition=intuition,
         **choices,
     )
-    typer.echo(describe(count_parameters(spec, base_targets(base), tasks)))
+    typer.echo(describe(count_parameters(spec, base_targets(base, targets), tasks)))

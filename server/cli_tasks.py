@@ -20,20 +20,25 @@ tasks = typer.Typer(
 )
 
 
+Server = Annotated[str, typer.Option(help="The server's address.")]
+ApiKeyFile = Annotated[Path | None, typer.Option(help="A file whose first line is an API key.")]
+
+
 @tasks.callback()
 def connect(
     context: typer.Context,
-    server: Annotated[str, typer.Option(help="The server's address.")] = "http://127.0.0.1:8000",
-    api_key_file: Annotated[
-        Path | None, typer.Option(help="A file whose first line is an API key.")
-    ] = None,
+    server: Server = "http://127.0.0.1:8000",
+    api_key_file: ApiKeyFile = None,
 ) -> None:
+    context.obj = context.with_resource(client_of(server, api_key_file))
+
+
+def client_of(server: str, api_key_file: Path | None) -> httpx.Client:
+    """A client of a running server."""
     headers = {}
     if api_key_file is not None:
         headers["Authorization"] = f"Bearer {api_key_file.read_text().split()[0]}"
-    context.obj = context.with_resource(
-        httpx.Client(base_url=server, headers=headers, timeout=60, trust_env=False)
-    )
+    return httpx.Client(base_url=server, headers=headers, timeout=60, trust_env=False)
 
 
 @tasks.command("list")

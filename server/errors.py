@@ -12,6 +12,7 @@ PolyrexError (adapters/errors.py)
     ├── Overloaded           429, with Retry-After
     ├── ClientDisconnected   499: nobody is left to read the answer
     ├── EngineError          500: this request failed in the engine; others go on
+    ├── FitFailed            500: the worker could not fit a task
     ├── TaskDamaged          500: the task's file is not what was registered
     └── EngineStopped        503: the engine is starting, down or shutting down
 """
@@ -90,6 +91,10 @@ class EngineError(ServerError):
     """The engine failed on this request."""
 
 
+class FitFailed(ServerError):
+    """The worker could not fit a task."""
+
+
 class TaskDamaged(ServerError):
     """A registered task's file can no longer be read."""
 
@@ -125,6 +130,7 @@ _ANSWERS: Mapping[type[Exception], _Answer] = {
     ),
     ClientDisconnected: _Answer(499, "invalid_request_error", "client_disconnected"),
     EngineError: _Answer(500, "server_error", "engine_error"),
+    FitFailed: _Answer(500, "server_error", "fit_failed"),
     TaskDamaged: _Answer(500, "server_error", "task_damaged"),
     EngineStopped: _Answer(503, "server_error", "engine_stopped", _RETRY),
 }

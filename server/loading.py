@@ -21,6 +21,7 @@ from .config import Device, Dtype, EngineName, Launch, ServerConfig
 from .engines.base import Engine
 from .engines.passing_thread import in_passing_thread
 from .errors import StartError
+from .intuition import prompt_intuition
 from .progress import Progress
 
 _DTYPES = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}
@@ -53,7 +54,8 @@ def load(launch: Launch, progress: Progress) -> Loaded:
         )
     rejected = len(registry.rejected)
     progress.say(f"{len(registry)} tasks" + (f", {rejected} files rejected" if rejected else ""))
-    return Loaded(create_app(launch.server, engine, registry, tokenizer), registry)
+    intuition = prompt_intuition(inventory)
+    return Loaded(create_app(launch.server, engine, registry, tokenizer, intuition), registry)
 
 
 def _embedded(launch: Launch, base: str, inventory: Inventory) -> Engine:

@@ -57,7 +57,6 @@ class Plan:
 
 def plan_completion(services: Services, body: CompletionRequest) -> Plan:
     """The plan of POST /v1/completions; raises InvalidRequest, UnknownTask, UnknownModel."""
-    task = _pin(services, body)
     prompts = [
         services.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         for prompt in body.prompts
@@ -71,14 +70,13 @@ def plan_completion(services: Services, body: CompletionRequest) -> Plan:
         for prompt in body.prompts
     ]
     return _plan(
-        services, body, task, "cmpl", prompts, echoes,
+        services, body, "cmpl", prompts, echoes,
         max_tokens=body.max_tokens, logprobs=body.logprobs,
     )  # fmt: skip
 
 
 def plan_chat(services: Services, body: ChatCompletionRequest) -> Plan:
     """The plan of POST /v1/chat/completions; without max_tokens, up to the context's end."""
-    task = _pin(services, body)
     ids = services.tokenizer.encode_chat(
         [{"role": message.role, "content": message.text} for message in body.messages]
     )
@@ -86,7 +84,7 @@ def plan_chat(services: Services, body: ChatCompletionRequest) -> Plan:
     _check_prompt(services, ids, wanted or 1, "messages")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return _plan(
-        services, body, task, "chatcmpl", [ids], [None],
+        services, body, "chatcmpl", [ids], [None],
         max_tokens=wanted or services.engine.context_length - len(ids), logprobs=logprobs,
     )  # fmt: skip
 
@@ -112,6 +110,20 @@ def _pin(services: Services, body: Sampling) -> TaskVersion | None:
         raise TaskDamaged(f"task {name}: its router cannot be read") from error
 
 
+def _routing(
+    services: Services, body: Sampling, prompts: Sequence[Sequence[int]]
+) -> list[TaskVersion | None]:
+    """What routes each prompt: the task, or what the prompt itself says."""
+    if body.intuition is None:
+        return [_pin(services, body)] * len(prompts)
+    if body.task is not None or body.model not in (None, services.config.model):
+        raise InvalidRequest("give a task, or intuition, and not both", "intuition")
+    if services.intuition is None:
+        raise InvalidRequest("this server's inventory has no intuition", "intuition")
+    texts = [services.tokenizer.decode(list(ids)) for ids in prompts]
+    return list(services.intuition.versions(texts))
+
+
 def _check_prompt(services: Services, ids: Sequence[int], max_tokens: int, param: str) -> None:
     if not ids:
         raise InvalidRequest(f"{param}: holds no tokens", param)
@@ -133,7 +145,6 @@ def _check_prompt(services: Services, ids: Sequence[int], max_tokens: int, param
 def _plan(
     services: Services,
     body: Sampling,
-    task: TaskVersion | None,
     prefix: str,
     prompts: Sequence[Sequence[int]],
     echoes: Sequence[str | None],
@@ -143,7 +154,8 @@ def _plan(
 ) -> Plan:
     plan_id = f"{prefix}-{uuid.uuid4().hex}"
     choices: list[Choice] = []
-    for ids, echo in zip(prompts, echoes, strict=True):
+    tasks = _routing(services, body, prompts)
+    for ids, echo, task in zip(prompts, echoes, tasks, strict=True):
         for repeat in range(body.n):
             sampling = SamplingParams(
                 max_tokens=max_tokens,
@@ -161,7 +173,7 @@ def _plan(
         id=plan_id,
         created=int(time.time()),
         model=body.model or body.task or services.config.model,
-        task=task,
+        task=tasks[0],
         prompt_tokens=sum(len(ids) for ids in prompts),
         choices=tuple(choices),
     )

@@ -68,6 +68,9 @@ class Sampling(OnlyNeutral):
 
     model: Text | None = Field(None, description="the base model's id, or the name of a task")
     task: Text | None = Field(None, description="the task to answer; the base model without one")
+    intuition: Literal["prompt"] | None = Field(
+        None, description="route by what the prompt says, instead of by a task"
+    )
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
@@ -164,6 +167,28 @@ class NewTask(Wire):
 
     name: Text
     router: Annotated[str, Field(description="the router file, base64")]
+
+
+class FitRow(Wire):
+    """One labelled example."""
+
+    input: Text
+    answer: Annotated[Text, Field(min_length=1)]
+    options: Annotated[list[Text], Field(min_length=2, max_length=64)] | None = None
+
+    @model_validator(mode="after")
+    def _answer_is_an_option(self) -> FitRow:
+        if self.options is not None and self.answer not in self.options:
+            raise ValueError(f"answer {self.answer!r:.80} is not among the options")
+        return self
+
+
+class FitRequest(Wire):
+    """The body of POST /v1/tasks/{name}/fit."""
+
+    instruction: Annotated[Text, Field(min_length=1)]
+    rows: Annotated[list[FitRow], Field(min_length=8, max_length=1024)]
+    replace: bool = Field(False, description="give an existing task a new version")
 
 
 class RouterBody(Wire):

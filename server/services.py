@@ -13,6 +13,8 @@ from polyrex.adapters.registry import TaskRegistry
 from .admission import Gate, Readiness
 from .config import ServerConfig
 from .engines.base import Engine
+from .fitting import Fitter
+from .intuition import PromptIntuition
 from .metrics import Metrics
 from .text import Tokenizer
 
@@ -28,6 +30,8 @@ class Services:
     metrics: Metrics
     gate: Gate
     readiness: Readiness
+    fitter: Fitter
+    intuition: PromptIntuition | None
     started: int = field(default_factory=lambda: int(time.time()))
 
 

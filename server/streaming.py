@@ -87,23 +87,26 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._events = events
         self._held = held
+        self._begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._held:
-            await until_disconnect(receive, self._send_events(send))
+            try:
+                await until_disconnect(receive, self._send_events(send))
+            except ClientDisconnected:
+                if not self._begun:  # a status can be counted; later there is nothing to add
+                    raise
 
     async def _send_events(self, send: Send) -> None:
-        begun = False
         async with aclosing(self._events):
             try:
                 async for event in self._events:
-                    if not begun:
+                    if not self._begun:
                         await self._begin(send)
-                        begun = True
                     await _send_event(send, json.dumps(event, ensure_ascii=False))
                 last = "[DONE]"
             except Exception as error:
-                if not begun:
+                if not self._begun:
                     raise
                 if not isinstance(error, PolyrexError):
                     logger.exception("a stream failed")
@@ -112,6 +115,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _begin(self, send: Send) -> None:
+        self._begun = True
         start = {"status": self.status_code, "headers": self.raw_headers}
         await send({"type": "http.response.start", **start})
 

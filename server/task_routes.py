@@ -11,12 +11,10 @@ from fastapi import APIRouter, Query, Request
 from pydantic import ValidationError
 from starlette.responses import JSONResponse, Response
 
-from polyrex.adapters.registry import TaskInfo
-
 from .errors import InvalidRequest, UnsupportedBody, invalid_fields
 from .protocol import NewTask, RouterBody
 from .services import Services, ServicesDep
-from .shapes import Json
+from .task_shape import task_shape
 
 router = APIRouter(prefix="/v1/tasks")
 
@@ -66,14 +64,14 @@ async def tasks(
 ) -> Response:
     """A page of the tasks, in the order of their names."""
     found = await asyncio.to_thread(services.registry.list, after, limit + 1)
-    page = [_task(task) for task in found[:limit]]
+    page = [task_shape(task) for task in found[:limit]]
     return JSONResponse({"object": "list", "data": page, "has_more": len(found) > limit})
 
 
 @router.get("/{name}")
 async def task(name: str, services: ServicesDep) -> Response:
     """One task."""
-    return JSONResponse(_task(await asyncio.to_thread(services.registry.info, name)))
+    return JSONResponse(task_shape(await asyncio.to_thread(services.registry.info, name)))
 
 
 @router.delete("/{name}")
@@ -87,7 +85,7 @@ async def _register(services: Services, name: str, data: bytes, *, replace: bool
     if name == services.config.model:
         raise InvalidRequest(f"{name!r} is the base model's name", "name")
     info, created = await asyncio.to_thread(services.registry.register, name, data, replace=replace)
-    return JSONResponse(_task(info), 201 if created else 200)
+    return JSONResponse(task_shape(info), 201 if created else 200)
 
 
 def _media_type(request: Request) -> str:
@@ -113,17 +111,3 @@ def _decoded(router: str) -> bytes:
         return base64.b64decode(router, validate=True)
     except (binascii.Error, ValueError) as error:
         raise InvalidRequest(f"router: not base64: {error}", "router") from error
-
-
-def _task(info: TaskInfo) -> Json:
-    return {
-        "name": info.name,
-        "object": "task",
-        "version": info.version,
-        "router_sha256": info.router_sha256,
-        "size_bytes": info.size_bytes,
-        "created": int(info.created),
-        "description": info.description,
-        "provenance": dict(info.provenance),
-        "scores": dict(info.scores),
-    }

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from polyrex.adapters.attach import AdaptedModel
 from polyrex.adapters.base_model import DEFAULT_BASE, load_base, load_tokenizer, resolve_base
@@ -19,16 +18,24 @@ from polyrex.adapters.errors import SpecError
 from polyrex.adapters.inventory import Inventory, load_experts, read_inventory, write_inventory
 from polyrex.adapters.router_file import RouterMetadata, read_router, write_router
 
-from .batches import Example, collate, encode_rows
+from .batches import Example, encode_rows
 from .data import Row, load_tasks
-from .loop import LoopConfig, current_commit, run, write_record
+from .loop import LoopConfig, StepRecord, current_commit, run, write_record
 from .model import MultiTaskModel
 from .multi_task import example_prompt, use_eager_attention
 from .optimiser import Groups, LearningRates
 
 logger = logging.getLogger(__name__)
 
-AdaptMode = Literal["routing", "modules", "both"]
+AdaptMode = Literal["routing", "token-routers", "modules", "both"]
+
+_TRAINED: dict[AdaptMode, frozenset[str]] = {
+    "routing": frozenset({"routing"}),
+    "token-routers": frozenset({"token_routers"}),
+    "modules": frozenset({"experts", "gates", "token_routers"}),
+    "both": frozenset({"experts", "gates", "token_routers", "routing"}),
+}
+"""The groups of `MultiTaskModel.parameter_groups` that a mode trains."""
 
 ADAPTATION = LoopConfig(steps=60, sample_routing=False, warmup=5, rates=LearningRates(routing=0.1))
 """How a new task is fitted. Without routing noise: 32 rows are noise enough."""
@@ -36,8 +43,9 @@ ADAPTATION = LoopConfig(steps=60, sample_routing=False, warmup=5, rates=Learning
 
 @dataclass(frozen=True)
 class AdaptConfig:
-    """What is adapted: the routing alone (the inventory stays as it is), the modules alone (their
-    routing uniform), or both. `rows` train rows of the task are used, drawn by the loop's seed."""
+    """What is adapted: the task's routing alone (the inventory stays as it is), the routers of
+    tokens alone, the modules alone (their routing uniform), or modules and routing. `rows` train
+    rows of the task are used, drawn by the loop's seed."""
 
     data: Path
     task: str
@@ -65,12 +73,11 @@ def adapt(config: AdaptConfig) -> Path:
     started = time.time()
     start, logits, losses = fit(
         adapted,
-        tokenizer,
-        task.instruction,
-        rows,
+        encode_rows(tokenizer, task.instruction, rows),
+        tokenizer.eos_token_id,
         config.loop,
         mode=config.mode,
-        starts=neighbours(inventory) if config.mode != "modules" else {},
+        starts=neighbours(inventory) if "routing" in _TRAINED[config.mode] else {},
     )
     config.out.mkdir(parents=True, exist_ok=True)
     sha256 = inventory.sha256
@@ -120,53 +127,57 @@ def neighbours(inventory: Inventory) -> Mapping[str, Tensor]:
 
 def fit(
     adapted: AdaptedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    instruction: str,
-    rows: Sequence[Row],
+    examples: Sequence[Example],
+    pad: int,
     loop: LoopConfig,
     *,
     mode: AdaptMode = "routing",
     starts: Mapping[str, Tensor] | None = None,
+    progress: Callable[[StepRecord], None] | None = None,
 ) -> tuple[str, Tensor, list[float]]:
     """Fit one router to rows: (where it started, logits [groups, R], the losses).
 
     Routing starts from the router among `starts` under which the rows cost least, or from uniform
-    weights where those cost less still. Raises SpecError where the method has no routing to fit.
+    weights where those cost less still. `pad` is the token that fills up batches; `progress` is
+    told of every step. Raises SpecError where the method has nothing to fit in that mode.
     """
     model = MultiTaskModel(adapted, 1, seed=loop.seed)
-    if mode != "modules" and not model.logits.numel():
-        raise SpecError(f"{adapted.spec.method} has no routing to adapt; use mode modules")
-    examples = encode_rows(tokenizer, instruction, rows)
-    pad = tokenizer.eos_token_id
-    name = _choose_start(model, examples, pad, dict(starts or {}))
     groups = model.parameter_groups()
-    chosen: Groups = {
-        key: members
-        for key, members in groups.items()
-        if mode == "both" or (key == "routing") == (mode == "routing")
-    }
+    if mode == "both" and not groups["routing"]:
+        raise SpecError(f"{adapted.spec.method} has no routing to adapt; use mode modules")
+    chosen: Groups = {key: groups[key] for key in groups if key in _TRAINED[mode]}
+    if not any(chosen.values()):
+        raise SpecError(f"{adapted.spec.method} has no {mode} to adapt; use mode modules")
     for key, members in groups.items():
         for _, parameter in members:
             parameter.requires_grad_(key in chosen)
-    if mode == "routing":
-        adapted.prepare(adapted.model.dtype)  # type: ignore[arg-type]
-    curve = run(model, chosen, examples, loop, pad=pad, title="adapting")
+    name = _choose_start(model, examples, pad, dict(starts or {}))
+    curve = run(model, chosen, examples, loop, pad=pad, title="adapting", progress=progress)
     return name, model.logits[0].detach().clone(), [record.loss for record in curve]
+
+
+FIRST_LOOK = 8
+"""Rows that all starts are tried on; the best quarter of them then see every row."""
 
 
 @torch.no_grad()
 def _choose_start(
     model: MultiTaskModel, examples: Sequence[Example], pad: int, starts: dict[str, Tensor]
 ) -> str:
+    """Put the start under which the rows cost least into the model; returns its name."""
     if not starts:
         return "uniform"
-    batch = collate(examples, pad)
     starts = {"uniform": model.logits[0].clone(), **starts}
-    losses = {}
-    for name, logits in starts.items():
-        model.logits[0] = logits
-        losses[name] = model.loss(batch).item()
-    best = min(losses, key=losses.__getitem__)
-    logger.info("starting from %s (loss %.3f)", best, losses[best])
+
+    def best_first(names: Iterable[str], rows: Sequence[Example]) -> list[str]:
+        batch, losses = model.collate(rows, pad), {}
+        for name in names:
+            model.logits[0] = starts[name]
+            losses[name] = model.loss(batch).item()
+        return sorted(losses, key=losses.__getitem__)
+
+    hopeful = best_first(starts, examples[:FIRST_LOOK])[: -(-len(starts) // 4)]
+    best = best_first(hopeful, examples)[0]
+    logger.info("starting from %s", best)
     model.logits[0] = starts[best]
     return best

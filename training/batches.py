@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from .data import Row, prompt_of
+from .questions import padded
 
 IGNORED = -100
 """The label of positions that are not trained on."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Example:
-    """A row as tokens; `task` is the index of its task among those trained together."""
+    """A row as tokens; `task` is the index of its task among those trained together.
+
+    `hidden` [T, d] is what the frozen layers below the adapters make of it, where it is known.
+    `intuition` [K] routes the row, where it is not routed as its task is.
+    """
 
     task: int
     prompt: tuple[int, ...]
     answer: tuple[int, ...]  # ends with the end-of-sequence token
+    hidden: Tensor | None = None
+    intuition: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
@@ -29,13 +38,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of T tokens."""
+    """B rows, and what the model shall say at each of its T output positions."""
 
-    tokens: Tensor  # [B, T] int64, padded on the right
-    labels: Tensor  # [B, T] int64, IGNORED outside the answers; labels[t] is the token at t
+    inputs: dict[str, Tensor]  # what the model reads, [B, ...] each
+    targets: Tensor  # [B, T] int64: the token to be predicted there, or IGNORED
     tasks: Tensor  # [B] int64
-    weights: Tensor  # [B, T] float32: 1 / (answer length * B), so that every row counts the same
+    weights: Tensor  # [B, T] float32: 1 / (answer length * rows a step): every row counts the same
     real_tokens: int  # without the padding
+    intuition: Tensor | None = None  # [B, K], where rows are routed one by one
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
@@ -60,19 +70,56 @@ def encode_rows(
     return examples
 
 
-def collate(examples: Sequence[Example], pad: int) -> Batch:
-    """Stack examples, padded on the right: with causal attention no mask is needed then."""
+def collate(examples: Sequence[Example], pad: int, *, rows: int = 0) -> Batch:
+    """Stack examples for a decoder, padded on the right: with causal attention no mask is needed.
+
+    `rows` of a step share its loss: as many as there are examples, unless these are a part of them.
+    """
     width = max(map(len, examples))
     tokens = torch.full((len(examples), width), pad)
-    labels = torch.full((len(examples), width), IGNORED)
+    targets = torch.full((len(examples), width), IGNORED)
     weights = torch.zeros(len(examples), width)
     for row, example in enumerate(examples):
-        start, stop = len(example.prompt), len(example)
-        tokens[row, :stop] = torch.tensor(example.prompt + example.answer)
-        labels[row, start:stop] = tokens[row, start:stop]
-        weights[row, start:stop] = 1 / (len(example.answer) * len(examples))
+        # Position t predicts the token at t + 1.
+        start, stop = len(example.prompt) - 1, len(example) - 1
+        tokens[row, : stop + 1] = torch.tensor(example.prompt + example.answer)
+        targets[row, start:stop] = torch.tensor(example.answer)
+        weights[row, start:stop] = 1 / (len(example.answer) * (rows or len(examples)))
+    if examples[0].hidden is None:
+        inputs = {"input_ids": tokens}
+    else:
+        inputs = {"inputs_embeds": padded([example.hidden for example in examples])}
+    return _batch(examples, inputs, targets, weights)
+
+
+def collate_pairs(examples: Sequence[Example], pad: int, start: int, *, rows: int = 0) -> Batch:
+    """Stack examples for an encoder, which reads prompts, and a decoder, which says answers.
+
+    `start` is the token that the decoder begins with; `rows` as in `collate`.
+    """
+    prompts = [torch.tensor(example.prompt) for example in examples]
+    answers = [torch.tensor(example.answer) for example in examples]
+    tokens = pad_sequence(prompts, batch_first=True, padding_value=pad)
+    targets = pad_sequence(answers, batch_first=True, padding_value=IGNORED)
+    said = F.pad(targets[:, :-1], (1, 0), value=start)
+    lengths = torch.tensor([len(prompt) for prompt in prompts]).unsqueeze(1)
+    inputs = {
+        "input_ids": tokens,
+        "attention_mask": (torch.arange(tokens.shape[1]) < lengths).long(),
+        "decoder_input_ids": said.masked_fill(said == IGNORED, pad),
+    }
+    counts = torch.tensor([len(answer) for answer in answers]).unsqueeze(1)
+    weights = (targets != IGNORED) / (counts * (rows or len(examples)))
+    return _batch(examples, inputs, targets, weights)
+
+
+def _batch(
+    examples: Sequence[Example], inputs: dict[str, Tensor], targets: Tensor, weights: Tensor
+) -> Batch:
     tasks = torch.tensor([example.task for example in examples])
-    return Batch(tokens, labels, tasks, weights, sum(map(len, examples)))
+    own = [example.intuition for example in examples if example.intuition is not None]
+    intuition = torch.stack(own) if own else None
+    return Batch(inputs, targets, tasks, weights, sum(map(len, examples)), intuition)
 
 
 def batch_indices(lengths: Sequence[int], size: int, *, seed: int, epoch: int) -> list[list[int]]:
@@ -88,3 +135,15 @@ def batch_indices(lengths: Sequence[int], size: int, *, seed: int, epoch: int) -
         batches += [pool[i : i + size] for i in range(0, len(pool), size)]
     shuffled = torch.randperm(len(batches), generator=generator).tolist()
     return [batches[i] for i in shuffled]
+
+
+def by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of about `batch_tokens`, longest first, alike lengths together."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

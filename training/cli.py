@@ -57,6 +57,9 @@ def train(
     epochs: Annotated[float, typer.Option(help="Passes over the train rows.")] = 1.0,
     steps: Annotated[int, typer.Option(help="Steps instead of epochs; 0 to count epochs.")] = 0,
     batch_rows: Annotated[int, typer.Option(help="Rows a step.")] = LoopConfig.batch_rows,
+    accumulate: Annotated[
+        int, typer.Option(help="Parts that a step is computed in, to save memory.", min=1)
+    ] = LoopConfig.accumulate,
     expert_rate: Annotated[
         float | None, typer.Option(help="Learning rate of the experts.", show_default="by method")
     ] = None,
@@ -72,7 +75,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Of initial values, row order and routing noise.")] = 0,
 ) -> None:
     """Train an inventory and one router a task, on a frozen base model."""
-    with _clear_errors():
+    with clear_errors():
         fields: dict[str, Any] = {"form": form, "granularity": granularity}  # AdapterSpec checks
         if experts is None:
             experts = 8 if "experts" in method_class(method).uses else AdapterSpec.experts
@@ -87,6 +90,7 @@ def train(
             ),
             sample_routing=sample_routing,
             seed=seed,
+            accumulate=accumulate,
         )
         config = TrainConfig(
             data=data,
@@ -117,7 +121,7 @@ def adapt(
     seed: Annotated[int, typer.Option(help="Of the rows' draw and their order.")] = 0,
 ) -> None:
     """Adapt a new task from a few rows; by default its routing only, the inventory left alone."""
-    with _clear_errors():
+    with clear_errors():
         rates = replace(ADAPTATION.rates, routing=routing_rate)
         loop = replace(ADAPTATION, steps=steps, rates=rates, seed=seed)
         config = AdaptConfig(data, task, inventory, out, mode, rows, base, loop)
@@ -133,14 +137,14 @@ def evaluate(
     base: Base = DEFAULT_BASE,
 ) -> None:
     """Score tasks by the base model alone and under the routers that lie beside an inventory."""
-    with _clear_errors():
+    with clear_errors():
         reports = evaluate_tasks(data, inventory, out, base=base, tasks=task, split=split)
     typer.echo(table(reports))
     typer.echo(json.dumps(summary(reports)))
 
 
 @contextmanager
-def _clear_errors() -> Iterator[None]:
+def clear_errors() -> Iterator[None]:
     """What polyrex raises on purpose is a message for the user, not a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:

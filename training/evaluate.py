@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from polyrex.adapters.attach import AdaptedModel
 from polyrex.kernels.routing import StepRouting
 
-from .batches import encode_answer
+from .batches import by_length, encode_answer
 from .data import Metric, Row, Split, Task, prompt_of
+from .questions import Question, last_hidden
 
 
 @dataclass(frozen=True)
@@ -37,27 +38,18 @@ class Score:
 def routed(adapted: AdaptedModel, logits: Tensor | None) -> Iterator[None]:
     """Within it, every forward pass of the model is routed by `logits` [groups, R]; None: the base.
 
-    A hook reads each pass's number of tokens, so that `generate` can be used as it is. All tokens
-    are one run, for which the layers compose the adapter once.
+    All tokens are of one task, whose adapter is composed once, where tokens do not choose.
     """
-    if logits is None:
-        adapted.context.step = None
-        yield
-        return
-    weights = adapted.route(logits.detach()).unsqueeze(0)  # [1, M, W]
     base: Any = adapted.model
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = kwargs["input_ids"].numel()
-        rows = torch.zeros(tokens, dtype=torch.int64, device=weights.device)
-        adapted.context.step = StepRouting(weights, rows, base.dtype, run=tokens)
-
-    handle = base.base_model.register_forward_pre_hook(before, with_kwargs=True)
+    if logits is not None:
+        weights = adapted.route(logits.detach()).unsqueeze(0)  # [1, M, W]
+        row = torch.zeros(1, dtype=torch.int64, device=weights.device)
+        adapted.context.step = StepRouting(weights, row, base.dtype)
+        adapted.compose(weights, base.dtype)
     try:
         yield
     finally:
-        handle.remove()
-        adapted.context.step = None
+        adapted.release()
 
 
 @torch.inference_mode()
@@ -84,72 +76,45 @@ def evaluate(
 
 
 @dataclass(frozen=True)
-class _Tree:
-    """A prompt and all its options in one sequence: the prompt is encoded once for all of them."""
+class OptionScore:
+    """How an option does after its prompt: its mean token log-probability, and whether greedy
+    decoding would give its tokens."""
 
-    tokens: tuple[int, ...]
-    positions: tuple[int, ...]
-    branch: tuple[int, ...]  # 0 for the prompt, 1.. for the option that a token belongs to
-
-
-def _tree(prompt: Sequence[int], options: Sequence[Sequence[int]]) -> _Tree:
-    tokens, positions = list(prompt), list(range(len(prompt)))
-    branch = [0] * len(prompt)
-    for number, option in enumerate(options, start=1):
-        tokens += option
-        positions += range(len(prompt), len(prompt) + len(option))
-        branch += [number] * len(option)
-    return _Tree(tuple(tokens), tuple(positions), tuple(branch))
-
-
-def tree_mask(branch: Tensor) -> Tensor:
-    """[B, T] branches (-1: padding) -> [B, 1, T, T] bool: who may look at whom.
-
-    A token sees what came before it in the prompt and in its own option, and itself.
-    """
-    length = branch.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=branch.device).tril()
-    seen = (branch[:, None, :] == branch[:, :, None]) | (branch[:, None, :] == 0)
-    return (causal & seen)[:, None]
+    logprob: float
+    greedy: bool
 
 
 def option_scores(
-    adapted: AdaptedModel,
-    prompts: Sequence[Sequence[int]],
-    options: Sequence[Sequence[Sequence[int]]],
-) -> list[list[float]]:
-    """For each prompt, the mean token log-probability of each of its options.
+    adapted: AdaptedModel, questions: Sequence[Question], stops: Sequence[int] = ()
+) -> list[list[OptionScore]]:
+    """For each question, the scores of its options, under its own intuition or the routing set.
 
-    Under the routing that is set; tokens throughout; no option may be empty.
+    `stops`: tokens that count as one another for `greedy`, as they all end an answer.
     """
-    trees = [_tree(prompt, choices) for prompt, choices in zip(prompts, options, strict=True)]
-    width = max(len(tree.tokens) for tree in trees)
-    tokens = torch.zeros(len(trees), width, dtype=torch.int64)
-    positions, branch = tokens.clone(), tokens - 1
-    for row, tree in enumerate(trees):
-        count = len(tree.tokens)
-        tokens[row, :count] = torch.tensor(tree.tokens)
-        positions[row, :count] = torch.tensor(tree.positions)
-        branch[row, :count] = torch.tensor(tree.branch)
     base: Any = adapted.model
-    hidden = base.base_model(
-        input_ids=tokens, position_ids=positions, attention_mask=tree_mask(branch), use_cache=False
-    ).last_hidden_state
-    head = base.get_output_embeddings()
-    scores = []
-    for row, (prompt, choices) in enumerate(zip(prompts, options, strict=True)):
-        # The last token of the prompt predicts the first token of every option.
-        sources: list[int] = []
-        targets: list[int] = []
-        start = len(prompt)
-        for choice in choices:
-            sources += [len(prompt) - 1, *range(start, start + len(choice) - 1)]
-            targets += choice
-            start += len(choice)
-        logprobs = head(hidden[row, sources]).float().log_softmax(-1)
-        picked = logprobs.gather(1, torch.tensor(targets).unsqueeze(1)).squeeze(1)
-        scores.append([p.mean().item() for p in picked.split([len(c) for c in choices])])
-    return scores
+    own = [q.intuition for q in questions if q.intuition is not None]
+    if own:
+        weights = adapted.route(torch.stack(own).unsqueeze(1))
+        adapted.context.step = StepRouting(weights, torch.arange(len(own)), base.dtype)
+    hidden = last_hidden(base, questions)
+    rows = [row for row, question in enumerate(questions) for _ in question.sources]
+    sources = [source for question in questions for source in question.sources]
+    wanted = torch.tensor([t for q in questions for option in q.options for t in option])
+    # The last token of a prompt predicts the first one of every option: it is looked at once.
+    places, which = torch.unique(torch.tensor([rows, sources]), dim=1, return_inverse=True)
+    logits = base.get_output_embeddings()(hidden[places[0], places[1]]).float()
+    picked = logits[which, wanted] - logits.logsumexp(-1)[which]
+    best = logits.argmax(-1)[which]
+    ends = torch.tensor(list(stops))
+    greedy = (best == wanted) | (torch.isin(best, ends) & torch.isin(wanted, ends))
+    lengths = [len(option) for question in questions for option in question.options]
+    scores = iter(
+        OptionScore(logprobs.mean().item(), bool(right.all()))
+        for logprobs, right in zip(
+            torch.split(picked, lengths), torch.split(greedy, lengths), strict=True
+        )
+    )
+    return [[next(scores) for _ in question.options] for question in questions]
 
 
 def _rank(
@@ -159,15 +124,37 @@ def _rank(
     prompts: Sequence[Sequence[int]],
     batch_tokens: int,
 ) -> list[bool]:
-    options = [[encode_answer(tokenizer, o) for o in row.options or ()] for row in rows]
-    lengths = [len(p) + sum(map(len, o)) for p, o in zip(prompts, options, strict=True)]
-    right = [False] * len(rows)
-    for indices in _by_length(lengths, batch_tokens):
-        found = option_scores(adapted, [prompts[i] for i in indices], [options[i] for i in indices])
-        for index, scores in zip(indices, found, strict=True):
-            best = max(range(len(scores)), key=scores.__getitem__)
-            right[index] = (rows[index].options or ())[best] == rows[index].answer
-    return right
+    questions = [
+        Question(tuple(prompt), tuple(encode_answer(tokenizer, o) for o in row.options or ()))
+        for prompt, row in zip(prompts, rows, strict=True)
+    ]
+    found = score_questions(adapted, questions, batch_tokens=batch_tokens)
+    return [
+        (row.options or ())[best_option(scores)] == row.answer
+        for row, scores in zip(rows, found, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def score_questions(
+    adapted: AdaptedModel,
+    questions: Sequence[Question],
+    *,
+    stops: Sequence[int] = (),
+    batch_tokens: int = 4096,
+) -> list[list[OptionScore]]:
+    """`option_scores` of any number of questions, in batches of alike lengths."""
+    found: list[list[OptionScore]] = [[]] * len(questions)
+    for indices in by_length([len(question) for question in questions], batch_tokens):
+        batch = option_scores(adapted, [questions[i] for i in indices], stops)
+        for index, scores in zip(indices, batch, strict=True):
+            found[index] = scores
+    return found
+
+
+def best_option(scores: Sequence[OptionScore]) -> int:
+    """The option of the highest mean token log-probability: rank classification's answer."""
+    return max(range(len(scores)), key=lambda i: scores[i].logprob)
 
 
 def greedy_texts(
@@ -215,20 +202,8 @@ def _match(
     # No text longer than the longest answer can match one.
     longest = max(len(encode_answer(tokenizer, row.answer)) for row in rows) + 1
     right = [False] * len(rows)
-    for indices in _by_length([len(p) + longest for p in prompts], batch_tokens):
+    for indices in by_length([len(p) + longest for p in prompts], batch_tokens):
         texts = greedy_texts(adapted, tokenizer, [prompts[i] for i in indices], longest)
         for index, text in zip(indices, texts, strict=True):
             right[index] = text.strip() == rows[index].answer.strip()
     return right
-
-
-def _by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of about `batch_tokens`, longest first, alike lengths together."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch

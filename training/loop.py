@@ -6,7 +6,7 @@ import json
 import logging
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from safetensors.torch import save
 from polyrex.adapters.errors import DataError
 from polyrex.adapters.files import write_atomic
 
-from .batches import Batch, Example, batch_indices, collate
+from .batches import Example, batch_indices
 from .model import MultiTaskModel
 from .optimiser import Groups, LearningRates, Optimiser, schedule
+from .ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,8 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class LoopConfig:
     """How long and how fast. `sample_routing` draws routing weights from a relaxed Bernoulli while
-    training, as the papers do."""
+    training, as the papers do. A step's rows are computed in `accumulate` parts, one after the
+    other, which takes less memory and gives the same step."""
 
     steps: int
     batch_rows: int = 16
@@ -38,6 +40,7 @@ class LoopConfig:
     sample_routing: bool = True
     seed: int = 0
     checkpoint_every: int = 50
+    accumulate: int = 1
 
 
 @dataclass(frozen=True)
@@ -49,17 +52,17 @@ class StepRecord:
     tokens_per_second: float
 
 
-def batches_of(
-    examples: Sequence[Example], config: LoopConfig, pad: int, start: int
-) -> Iterator[Batch]:
-    """Batches from step `start` on, epoch after epoch, for ever."""
+def steps_of(
+    examples: Sequence[Example], config: LoopConfig, start: int
+) -> Iterator[list[Example]]:
+    """The rows of each step from step `start` on, epoch after epoch, for ever."""
     lengths = [len(example) for example in examples]
     per_epoch = -(-len(examples) // config.batch_rows)
     epoch, skip = divmod(start, per_epoch)
     while True:
         plan = batch_indices(lengths, config.batch_rows, seed=config.seed, epoch=epoch)
         for indices in plan[skip:]:
-            yield collate([examples[i] for i in indices], pad)
+            yield [examples[i] for i in indices]
         epoch, skip = epoch + 1, 0
 
 
@@ -72,12 +75,13 @@ def run(
     pad: int,
     checkpoint: Path | None = None,
     title: str = "training",
+    progress: Callable[[StepRecord], None] | None = None,
 ) -> list[StepRecord]:
     """Train the parameters of `groups` for `config.steps` steps and return the curve.
 
     With `checkpoint`, resumes from that file where it exists, and keeps it current. A resumed run
     follows the curve that the whole run would have: rows and routing noise depend on the seed and
-    the step alone.
+    the step alone. `progress` is told of every step; without it, a bar on the terminal is.
     """
     if not examples:
         raise DataError(f"{title}: no rows to train on")
@@ -88,45 +92,64 @@ def run(
     curve: list[StepRecord] = []
     if checkpoint is not None and checkpoint.exists():
         curve = _load_checkpoint(checkpoint, optimiser, config)
-    batches = batches_of(examples, config, pad, len(curve))
-    with _progress() as progress:
-        bar = progress.add_task(title, total=config.steps, completed=len(curve), note="")
+    steps = steps_of(examples, config, len(curve))
+    ranks = Ranks()
+    with _bar(
+        title, config.steps, len(curve), disable=progress is not None or not ranks.first
+    ) as bar:
         for step in range(len(curve), config.steps):
-            curve.append(_train_step(model, optimiser, next(batches), config, step))
+            curve.append(_train_step(model, optimiser, next(steps), config, pad, ranks, step))
             recent = [r.loss for r in curve[-20:]]
             speed = curve[-1].tokens_per_second
             note = f"loss {sum(recent) / len(recent):.3f}  {speed:.0f} tokens/s"
-            progress.update(bar, advance=1, note=note)
+            bar.update(bar.task_ids[0], advance=1, note=note)
+            if progress is not None:
+                progress(curve[-1])
             if (step + 1) % 20 == 0:
                 logger.info("%s: step %d/%d %s", title, step + 1, config.steps, note)
-            if checkpoint is not None and (step + 1) % config.checkpoint_every == 0:
+            due = (step + 1) % config.checkpoint_every == 0
+            if checkpoint is not None and due and ranks.first:
                 _save_checkpoint(checkpoint, optimiser, config, curve)
-    if checkpoint is not None:
+    if checkpoint is not None and ranks.first:
         _save_checkpoint(checkpoint, optimiser, config, curve)
     model.release()
     return curve
 
 
 def _train_step(
-    model: MultiTaskModel, optimiser: Optimiser, batch: Batch, config: LoopConfig, step: int
+    model: MultiTaskModel,
+    optimiser: Optimiser,
+    examples: Sequence[Example],
+    config: LoopConfig,
+    pad: int,
+    ranks: Ranks,
+    step: int,
 ) -> StepRecord:
     started = time.perf_counter()
     torch.manual_seed(config.seed * 1_000_003 + step)  # the routing noise of this step
-    loss = model.loss(batch, sample=config.sample_routing)
-    loss.backward()  # type: ignore[no-untyped-call]
+    total = 0.0
+    for part in ranks.own_parts(examples, config.accumulate):
+        batch = model.collate(part, pad, rows=len(examples))
+        loss = model.loss(batch, sample=config.sample_routing)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.item()
+    total = ranks.add_up(total, optimiser.parameters)
     optimiser.step(schedule(step, config.steps, config.warmup))
     seconds = time.perf_counter() - started
-    return StepRecord(step, loss.item(), batch.real_tokens / seconds)
+    return StepRecord(step, total, sum(map(len, examples)) / seconds)
 
 
-def _progress() -> Progress:
-    return Progress(
+def _bar(title: str, steps: int, done: int, *, disable: bool) -> Progress:
+    bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
+        disable=disable,
     )
+    bar.add_task(title, total=steps, completed=done, note="")
+    return bar
 
 
 def _save_checkpoint(

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from polyrex.adapters.attach import ALL_PROJECTIONS, attach, find_targets
 from polyrex.adapters.base_model import DEFAULT_BASE, load_base, load_tokenizer, resolve_base
-from polyrex.adapters.inventory import read_inventory, write_inventory
+from polyrex.adapters.inventory import write_inventory
 from polyrex.adapters.router_file import RouterMetadata, write_router
 from polyrex.adapters.spec import AdapterSpec
 
@@ -22,6 +22,7 @@ from .batches import encode_rows
 from .data import Task, load_tasks, prompt_of
 from .loop import LoopConfig, StepRecord, current_commit, run, write_record
 from .model import MultiTaskModel
+from .ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ class TrainConfig:
 def train(config: TrainConfig) -> Path:
     """Train, and write `inventory.safetensors`, `routers/` and `record.json` into `config.out`.
 
-    Picks up where an interrupted run of the same configuration stopped. Returns `config.out`.
+    Picks up where an interrupted run of the same configuration stopped. Under `torchrun`, all
+    processes train together, and the first one writes. Returns `config.out`.
     """
     config.out.mkdir(parents=True, exist_ok=True)
     tasks = load_tasks(config.data, config.tasks, config.role)
@@ -72,7 +74,9 @@ def train(config: TrainConfig) -> Path:
         pad=tokenizer.eos_token_id,
         checkpoint=config.out / "checkpoint.safetensors",
     )
-    _write_results(config, model, tasks)
+    if not Ranks().first:
+        return config.out
+    write_results(config.out, model, tasks, getattr(torch, config.store_dtype))
     write_record(config.out / "record.json", _record(config, loop, tasks, curve, started))
     return config.out
 
@@ -89,12 +93,14 @@ def example_prompt(task: Task) -> str:
     return prompt_of(task.instruction, rows[0])
 
 
-def _write_results(config: TrainConfig, model: MultiTaskModel, tasks: Sequence[Task]) -> None:
-    inventory = config.out / "inventory.safetensors"
-    write_inventory(inventory, model.adapted, dtype=getattr(torch, config.store_dtype))
-    sha256 = read_inventory(inventory).sha256
+def write_results(
+    out: Path, model: MultiTaskModel, tasks: Sequence[Task], dtype: torch.dtype
+) -> None:
+    """Write the inventory in `dtype`, and beside it the routers of the tasks trained together."""
+    inventory = out / "inventory.safetensors"
+    sha256 = write_inventory(inventory, model.adapted, dtype=dtype)
     routers = model.routers([task.name for task in tasks])
-    (config.out / "routers").mkdir(exist_ok=True)
+    (out / "routers").mkdir(exist_ok=True)
     for task in tasks:
         metadata = RouterMetadata(
             inventory_sha256=sha256,
@@ -107,8 +113,8 @@ def _write_results(config: TrainConfig, model: MultiTaskModel, tasks: Sequence[T
                 "example_prompt": example_prompt(task),
             },
         )
-        target = config.out / "routers" / f"{task.name}.safetensors"
-        write_router(target, routers[task.name], config.spec, metadata)
+        target = out / "routers" / f"{task.name}.safetensors"
+        write_router(target, routers[task.name], model.adapted.spec, metadata)
 
 
 def _record(

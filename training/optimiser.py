@@ -1,4 +1,4 @@
-"""AdamW over the three kinds of parameter, each with its own learning rate."""
+"""AdamW over the kinds of parameter, each with its own learning rate."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ Groups = dict[str, list[tuple[str, nn.Parameter]]]
 
 @dataclass(frozen=True)
 class LearningRates:
-    """Peak learning rates. Experts, scalar gates and routing logits want different ones: a step of
-    AdamW moves every number by about its learning rate, and they live on different scales."""
+    """Peak learning rates. Experts, scalar gates, routing logits and the routers of tokens want
+    different ones: a step of AdamW moves every number by about its learning rate, and they live on
+    different scales."""
 
     experts: float = 2e-3
     gates: float = 3e-4
     routing: float = 5e-2
+    token_routers: float = 2e-3
 
     def of(self, group: str) -> float:
         """The rate of a parameter group, by its name."""
@@ -54,6 +56,11 @@ class Optimiser:
             weight_decay=0.0,
             betas=(0.9, 0.98),
         )
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is trained, in one order on every rank."""
+        return list(self._named.values())
 
     def step(self, multiplier: float) -> None:
         """Clip each group's gradient by its norm, update with rates times `multiplier`, clear."""

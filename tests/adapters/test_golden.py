@@ -84,10 +84,13 @@ def delta_of(meta: dict[str, Any], tensors: Tensors, *, composed: bool = False) 
     x = tensors["x"]
     weights = experts.route(experts.spec, logits)
     rows = torch.arange(len(x)).repeat_interleave(x.shape[1])
-    run = x.shape[1] if composed else 1
-    routing = StepRouting(weights.unsqueeze(1), rows, x.dtype, run).module(0)
+    routing = StepRouting(weights.unsqueeze(1), rows, x.dtype).module(0)
     with torch.no_grad():
-        delta = experts.delta(experts.operands(x.dtype), x.flatten(0, 1), routing)
+        operands = experts.operands(x.dtype)
+        if composed and not experts.routes_by_token:
+            delta = experts.compose(operands, weights, x.dtype).delta(x)
+            return delta[..., : target.d_out]
+        delta = experts.delta(operands, x.flatten(0, 1), routing)
     return delta.view(*x.shape[:2], -1)
 
 

@@ -16,8 +16,8 @@ from polyrex.kernels.routing import ModuleRouting, StepRouting
 TASKS, TOKENS = 3, 7
 
 
-def routing_of(weights: Tensor, rows: Tensor, dtype: torch.dtype, run: int = 1) -> ModuleRouting:
-    return StepRouting(weights.unsqueeze(1), rows, dtype, run).module(0)
+def routing_of(weights: Tensor, rows: Tensor, dtype: torch.dtype) -> ModuleRouting:
+    return StepRouting(weights.unsqueeze(1), rows, dtype).module(0)
 
 
 def draw(experts: Experts, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,15 +90,66 @@ def test_token_depends_on_no_other(random_experts: Experts) -> None:
         assert relative_rms(together[t : t + 1], alone) < 1e-5
 
 
-def test_runs_of_tokens_give_what_their_tokens_give(random_experts: Experts) -> None:
-    x, logits, rows = draw(random_experts)
-    x = x.repeat(3, 1)
-    rows = rows.repeat_interleave(3)
-    weights = random_experts.route(random_experts.spec, logits)
+def composed_delta(experts: Experts, x: Tensor, weights: Tensor) -> Tensor:
+    """For runs x [G, n, d_in], each with its row of weights [G, W], or one row for all."""
+    operands = experts.operands(x.dtype)
+    return experts.compose(operands, weights, x.dtype).delta(x)[..., : experts.target.d_out]
+
+
+@pytest.mark.parametrize("tasks", [1, TASKS])
+def test_composed_adapters_give_what_tokens_give(random_experts: Experts, tasks: int) -> None:
+    """With a wrong case: another task's weights."""
+    x, logits, _ = draw(random_experts)
+    runs = torch.stack([x + i for i in range(TASKS)])
+    weights = random_experts.route(random_experts.spec, logits)[:tasks]
+    if random_experts.routes_by_token:
+        with pytest.raises(SpecError, match="every token has its own adapter"):
+            composed_delta(random_experts, runs, weights)
+        return
+    rows = (torch.arange(TASKS) % tasks).repeat_interleave(len(x))
+    routing = routing_of(weights, rows, x.dtype)
     operands = random_experts.operands(x.dtype)
-    by_token = random_experts.delta(operands, x, routing_of(weights, rows, x.dtype))
-    by_run = random_experts.delta(operands, x, routing_of(weights, rows, x.dtype, run=3))
-    assert relative_rms(by_run, by_token) < 1e-5
+    by_token = random_experts.delta(operands, runs.flatten(0, 1), routing)
+    found = composed_delta(random_experts, runs, weights)
+    assert relative_rms(found.flatten(0, 1), by_token) < 1e-5
+    if tasks > 1 and logits.numel():
+        wrong = composed_delta(random_experts, runs, weights.roll(1, 0))
+        assert relative_rms(wrong.flatten(0, 1), by_token) > 1e-2
+
+
+def test_composed_adapters_have_the_gradients_of_tokens(random_experts: Experts) -> None:
+    if random_experts.routes_by_token:
+        pytest.skip("every token has its own adapter")
+    experts = random_experts.double()
+    x, logits, _ = draw(experts, torch.float64)
+    logits.requires_grad_(logits.numel() > 0)
+    leaves = [*experts.parameters()] + ([logits] if logits.numel() else [])
+    rows = torch.arange(TASKS).repeat_interleave(len(x))
+    runs = torch.stack([x + i for i in range(TASKS)])
+    upstream = torch.randn(TASKS, len(x), experts.target.d_out, dtype=torch.float64)
+
+    def gradients(*, composed: bool) -> tuple[Tensor, ...]:
+        weights = experts.route(experts.spec, logits)
+        if composed:
+            delta = composed_delta(experts, runs, weights)
+        else:
+            routing = routing_of(weights, rows, torch.float64)
+            delta = experts.delta(experts.operands(torch.float64), runs.flatten(0, 1), routing)
+        return torch.autograd.grad((delta.view_as(upstream) * upstream).sum(), leaves)
+
+    for found, expected in zip(gradients(composed=True), gradients(composed=False), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_batch_of_rows_spreads_them_over_its_tokens(random_experts: Experts) -> None:
+    x, logits, _ = draw(random_experts)
+    weights = random_experts.route(random_experts.spec, logits)
+    rows = torch.tensor([2, 0])
+    operands = random_experts.operands(x.dtype)
+    step = StepRouting(weights.unsqueeze(1), rows, x.dtype).spread(6)
+    found = random_experts.delta(operands, x[:6], step.module(0))
+    by_token = routing_of(weights, rows.repeat_interleave(3), x.dtype)
+    assert torch.equal(found, random_experts.delta(operands, x[:6], by_token))
 
 
 def test_batch_without_tokens_has_no_delta(random_experts: Experts) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from polyrex.kernels.cases import RANK_SPACE_CASES, RankSpaceCase, rank_space_inputs, relative_rms
-from polyrex.kernels.rank_space import composed_rank_space, rank_space, rank_space_reference
+from polyrex.kernels.rank_space import rank_space, rank_space_reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 
@@ -19,17 +19,6 @@ def test_product_agrees_with_its_twin(case: RankSpaceCase, dtype: torch.dtype) -
     assert found.dtype == dtype
     assert found.shape == (case.tokens, case.d_out)
     assert relative_rms(found, rank_space_reference(*inputs)) <= TOLERANCE[dtype]
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("case", [case for case in RANK_SPACE_CASES if case.tokens], ids=str)
-def test_composed_product_agrees_with_the_twin(case: RankSpaceCase, dtype: torch.dtype) -> None:
-    x, a, b, weights = rank_space_inputs(case, dtype)
-    runs = torch.stack([x, x.flip(0)], 1)  # each token's row serves a run of two
-    found = composed_rank_space(runs, a, b, weights)
-    first = rank_space_reference(x, a, b, weights)
-    second = rank_space_reference(x.flip(0), a, b, weights)
-    assert relative_rms(found, torch.stack([first, second], 1)) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -22,6 +22,7 @@ from polyrex.server.app import create_app
 from polyrex.server.config import ServerConfig
 from polyrex.server.engines.base import EngineStats, GenerationRequest, Token, TokenChunk
 from polyrex.server.errors import EngineStopped
+from polyrex.server.intuition import PromptIntuition
 from polyrex.server.process import bind, uvicorn_config
 
 
@@ -124,12 +125,13 @@ def serving(
     inventory: Inventory,
     tokenizer: PreTrainedTokenizerBase,
     engine: FakeEngine,
+    intuition: PromptIntuition | None = None,
     **changes: Any,
 ) -> Iterator[Served]:
     """A server, while the context lasts; `changes` are fields of ServerConfig."""
     registry = TaskRegistry(folder, inventory)
     config = replace(ServerConfig(model="base"), drain_seconds=1, **changes)
-    app = create_app(config, engine, registry, tokenizer)
+    app = create_app(config, engine, registry, tokenizer, intuition)
     listener = bind(config.host, 0)
     server = uvicorn.Server(uvicorn_config(app, config))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

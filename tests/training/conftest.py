@@ -12,7 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from polyrex.adapters.attach import AdaptedModel, attach, find_targets
 from polyrex.adapters.base_model import load_base
+from polyrex.adapters.inventory import write_inventory
 from polyrex.adapters.spec import AdapterSpec
+from polyrex.training.batches import Example, encode_rows
+from polyrex.training.data import load_tasks
 
 MakeAdapted = Callable[[AdapterSpec], AdaptedModel]
 
@@ -77,3 +80,25 @@ def rows_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     (folder / "manifest.json").write_text(json.dumps({"tasks": manifest}))
     return folder
+
+
+@pytest.fixture
+def tiny_inventory(make_adapted: MakeAdapted, tmp_path: Path) -> Path:
+    """The file of a random Poly inventory of the tiny model; no routers lie beside it."""
+    adapted = make_adapted(AdapterSpec("poly", rank=3, experts=4))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in adapted.layers:
+            layer.experts.get_parameter("lora_b").normal_(0, 0.1, generator=generator)
+    write_inventory(tmp_path / "inventory.safetensors", adapted)
+    return tmp_path / "inventory.safetensors"
+
+
+@pytest.fixture
+def examples(tokenizer: PreTrainedTokenizerBase, rows_folder: Path) -> list[Example]:
+    """The train rows of the two held_in tasks."""
+    return [
+        example
+        for index, task in enumerate(load_tasks(rows_folder, role="held_in"))
+        for example in encode_rows(tokenizer, task.instruction, task.rows["train"], task=index)
+    ]

@@ -15,6 +15,7 @@ from polyrex.adapters.spec import AdapterSpec
 from polyrex.training.batches import encode_answer
 from polyrex.training.data import load_tasks
 from polyrex.training.evaluate import Score, evaluate, greedy_texts, option_scores, routed
+from polyrex.training.questions import Question
 
 MakeAdapted = Callable[[AdapterSpec], AdaptedModel]
 
@@ -51,17 +52,20 @@ def test_options_share_a_prompt_and_keep_their_scores(
     adapted: AdaptedModel, logits: torch.Tensor, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     prompts = [tokenizer.encode("The sky is"), tokenizer.encode("Two plus three is not quite")]
-    options = [
-        [encode_answer(tokenizer, text) for text in ("blue", "a very dark grey", "cheese")],
-        [encode_answer(tokenizer, text) for text in ("seventeen and a half", "four")],
+    options = [("blue", "a very dark grey", "cheese"), ("seventeen and a half", "four")]
+    questions = [
+        Question(tuple(prompt), tuple(encode_answer(tokenizer, text) for text in texts))
+        for prompt, texts in zip(prompts, options, strict=True)
     ]
     with routed(adapted, logits):
-        found = option_scores(adapted, prompts, options)
-        for prompt, choices, scores in zip(prompts, options, found, strict=True):
-            plain = [plain_option_score(adapted, prompt, choice) for choice in choices]
-            assert scores == pytest.approx(plain, abs=1e-4)
-    base = option_scores(adapted, prompts, options)
-    assert base[0] != pytest.approx(found[0], abs=1e-2)
+        found = option_scores(adapted, questions)
+        for question, scores in zip(questions, found, strict=True):
+            plain = [
+                plain_option_score(adapted, list(question.prompt), o) for o in question.options
+            ]
+            assert [score.logprob for score in scores] == pytest.approx(plain, abs=1e-4)
+    base = option_scores(adapted, questions)
+    assert [s.logprob for s in base[0]] != pytest.approx([s.logprob for s in found[0]], abs=1e-2)
 
 
 @torch.inference_mode()

@@ -10,14 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedTokenizerBase
 
 from polyrex.adapters.attach import AdaptedModel
 from polyrex.adapters.errors import DataError
 from polyrex.adapters.methods import METHODS
 from polyrex.adapters.spec import AdapterSpec
-from polyrex.training.batches import Example, batch_indices, collate, encode_rows
-from polyrex.training.data import load_tasks
+from polyrex.training.batches import Example, batch_indices, collate
 from polyrex.training.loop import LoopConfig, StepRecord, run
 from polyrex.training.model import MultiTaskModel
 from polyrex.training.optimiser import LearningRates
@@ -32,16 +30,6 @@ SPECS = [
     AdapterSpec(name, rank=4, experts=6 if "experts" in cls.uses else 1)
     for name, cls in METHODS.items()
 ] + [AdapterSpec("trex", rank=4, form="static"), AdapterSpec("trex", rank=4, form="diagonal")]
-
-
-@pytest.fixture
-def examples(tokenizer: PreTrainedTokenizerBase, rows_folder: Path) -> list[Example]:
-    """The train rows of the two held_in tasks."""
-    return [
-        example
-        for index, task in enumerate(load_tasks(rows_folder, role="held_in"))
-        for example in encode_rows(tokenizer, task.instruction, task.rows["train"], task=index)
-    ]
 
 
 def trained(
@@ -70,10 +58,8 @@ def test_fresh_adapters_leave_the_base_models_loss(
     found = model.loss(batch)
     model.adapted.context.step = None
     base: Any = model.adapted.model
-    logits = base(input_ids=batch.tokens).logits
-    rows = [
-        F.cross_entropy(logits[i, :-1], batch.labels[i, 1:], reduction="mean") for i in range(5)
-    ]
+    logits = base(**batch.inputs).logits
+    rows = [F.cross_entropy(logits[i], batch.targets[i], reduction="mean") for i in range(5)]
     torch.testing.assert_close(found, torch.stack(rows).mean())
 
 

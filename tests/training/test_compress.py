@@ -1,0 +1,161 @@
+"""Many LoRAs onto shared bases."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from polyrex.adapters.attach import find_targets
+from polyrex.adapters.base_model import load_base
+from polyrex.adapters.composed import LowRank
+from polyrex.adapters.errors import DataError, SpecError
+from polyrex.adapters.inventory import load_experts, read_inventory
+from polyrex.adapters.peft_lora import PeftLora, read_lora, write_lora
+from polyrex.adapters.router_file import read_router
+from polyrex.server.cli import COMMANDS, command_line
+from polyrex.training.compress import compress
+from polyrex.training.evaluate import routed
+
+INNER = 5
+"""All LoRAs lie in a space of so many dimensions on either side of every module."""
+
+
+def polyrex(*arguments: object) -> Result:
+    return CliRunner().invoke(command_line(COMMANDS), [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def loras(tiny_base: Path) -> list[PeftLora]:
+    """Seven LoRAs of ranks 2 to 4; the third has nothing on the attention."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    targets = find_targets(load_base(str(tiny_base), torch.float32))
+    bases = {t: (draw(INNER, t.d_in), draw(INNER, t.d_out)) for t in targets}
+    return [
+        PeftLora(
+            f"task-{number}",
+            {
+                target.name: LowRank(
+                    (draw(2 + number % 3, INNER) @ a).unsqueeze(0),
+                    0.01 * (draw(2 + number % 3, INNER) @ b).unsqueeze(0),
+                )
+                for target, (a, b) in bases.items()
+                if number != 2 or "mlp" in target.name
+            },
+        )
+        for number in range(7)
+    ]
+
+
+def matrix(pair: LowRank) -> torch.Tensor:
+    return pair.a[0].T @ pair.b[0]
+
+
+def relative_error(found: dict[str, torch.Tensor], lora: PeftLora) -> float:
+    lost = kept = 0.0
+    for name, compressed in found.items():
+        there = lora.modules.get(name)
+        original = matrix(there) if there else torch.zeros_like(compressed)
+        lost += (original - compressed).square().sum().item()
+        kept += original.square().sum().item()
+    return math.sqrt(lost / kept)
+
+
+@pytest.mark.parametrize("rank", [2, INNER])
+def test_error_is_what_is_lost(loras: list[PeftLora], tiny_base: Path, rank: int) -> None:
+    """And nothing is, at the rank of the space that all LoRAs lie in."""
+    found = compress(loras, load_base(str(tiny_base), torch.float32), rank=rank)
+    for lora in loras:
+        compressed = {}
+        for index, layer in enumerate(found.adapted.layers):
+            experts = layer.experts
+            row = found.logits[lora.name][index].unsqueeze(0)
+            pair = experts.compose(experts.operands(torch.float32), row, torch.float32)
+            assert isinstance(pair, LowRank)
+            compressed[experts.target.name] = matrix(pair).detach()
+        error = relative_error(compressed, lora)
+        assert found.errors[lora.name] == pytest.approx(error, abs=2e-3)
+        assert error < 2e-3 if rank == INNER else error > 0.1
+
+
+def test_bases_are_better_than_any_tasks_own(loras: list[PeftLora], tiny_base: Path) -> None:
+    """The first task's own sides, as bases for all, lose more."""
+    found = compress(loras, load_base(str(tiny_base), torch.float32), rank=2)
+    name = found.adapted.targets[0].name
+    own = loras[0].modules[name]
+    a, b = (torch.linalg.qr(side[0].T).Q for side in own)  # [d, 2]
+    target = matrix(loras[1].modules[name])
+    with_own = (target - a @ (a.T @ target @ b) @ b.T).norm() / target.norm()
+    assert found.errors[loras[1].name] < with_own
+
+
+@pytest.mark.parametrize("error", [0.05, 0.5])
+def test_error_target_is_kept(loras: list[PeftLora], tiny_base: Path, error: float) -> None:
+    found = compress(loras, load_base(str(tiny_base), torch.float32), error=error)
+    assert max(found.errors.values()) <= error
+    assert found.adapted.spec.rank == INNER if error == 0.05 else found.adapted.spec.rank < INNER
+
+
+def test_rank_or_error_and_not_both(loras: list[PeftLora], tiny_base: Path) -> None:
+    model = load_base(str(tiny_base), torch.float32)
+    for options in ({}, {"rank": 3, "error": 0.1}):
+        with pytest.raises(DataError, match="a rank, or an error, and not both"):
+            compress(loras, model, **options)  # type: ignore[arg-type]
+
+
+def test_loras_of_another_model_are_refused(loras: list[PeftLora], tiny_base: Path) -> None:
+    elsewhere = PeftLora("other", {"no.such.layer": next(iter(loras[0].modules.values()))})
+    with pytest.raises(SpecError, match=r"no\.such\.layer"):
+        compress([*loras, elsewhere], load_base(str(tiny_base), torch.float32), rank=2)
+    name, pair = next(iter(loras[0].modules.items()))
+    narrow = PeftLora("narrow", {name: LowRank(pair.a[..., :-1], pair.b)})
+    with pytest.raises(DataError, match="another shape"):
+        compress([*loras, narrow], load_base(str(tiny_base), torch.float32), rank=2)
+
+
+def test_command_compresses_a_folder_and_reports(
+    loras: list[PeftLora], tiny_base: Path, tmp_path: Path
+) -> None:
+    """The inventory and its routers are what a server loads, and give the LoRAs' logits."""
+    for lora in loras:
+        write_lora(tmp_path / "loras" / lora.name, lora.modules, "tiny")
+    command = ("compress", tmp_path / "loras", "--base", tiny_base, "--out", tmp_path / "out")
+    done = polyrex(*command, "--rank", INNER)
+    assert done.exit_code == 0, done.output
+    assert f"7 LoRAs on shared bases of rank {INNER}" in done.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["mean_agreement"] == 1
+    assert report["worst_error"] < 2e-3
+    assert report["bytes_before"] > sum(
+        (tmp_path / "loras" / lora.name / "adapter_model.safetensors").stat().st_size
+        for lora in loras[:-1]
+    )
+    inventory = read_inventory(tmp_path / "out" / "inventory.safetensors")
+    model = load_base(str(tiny_base), torch.float32)
+    adapted = load_experts(inventory, model)
+    tokens = torch.arange(9).unsqueeze(0)
+    lora = read_lora(tmp_path / "loras" / "task-1")
+    path = tmp_path / "out" / "routers" / "task-1.safetensors"
+    router = read_router(path.read_bytes(), str(path), inventory)
+    with torch.no_grad(), routed(adapted, router.logits):
+        found = model(input_ids=tokens).logits
+        for target, layer in zip(adapted.targets, adapted.layers, strict=True):
+            layer.composed = lora.modules[target.name]
+        expected = model(input_ids=tokens).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+
+
+def test_folder_without_loras_is_an_error(tmp_path: Path, tiny_base: Path) -> None:
+    done = polyrex(
+        "compress", tmp_path, "--base", tiny_base, "--out", tmp_path / "out", "--rank", 2
+    )
+    assert done.exit_code == 2
+    assert "none of its folders holds an adapter_config.json" in done.output

@@ -1,0 +1,97 @@
+"""The process that fits a task for a server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from polyrex.adapters.errors import DataError
+from polyrex.adapters.inventory import Inventory, read_inventory
+from polyrex.adapters.router_file import read_router
+from polyrex.training.fit_worker import FEWEST_ROWS, LOOP, FitJob, task_of
+
+COLOURS = ["red", "blue", "green"]
+ROWS = [{"input": f"thing {n}", "answer": COLOURS[n % 3], "options": COLOURS} for n in range(12)]
+
+
+def run_worker(job: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
+    """The worker's status and its events."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "polyrex.training.fit_worker"],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def job(inventory: Inventory, base: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    values = {
+        "base": str(base),
+        "inventory": str(inventory.path),
+        "task": "colours",
+        "instruction": "Which colour is it?",
+        "rows": ROWS,
+        "out": str(out),
+        "dtype": "float32",
+    }
+    return values | changes
+
+
+@pytest.fixture
+def inventory(tiny_inventory: Path) -> Inventory:
+    return read_inventory(tiny_inventory)
+
+
+def test_worker_tells_every_step_and_writes_the_router(
+    inventory: Inventory, tiny_base: Path, tmp_path: Path
+) -> None:
+    status, events = run_worker(job(inventory, tiny_base, tmp_path / "router.safetensors"))
+    assert status == 0
+    assert [event["event"] for event in events] == [
+        "started",
+        *["progress"] * LOOP.steps,
+        "scored",
+    ]
+    assert events[0] | {"rows": 9, "held_out": 3} == events[0]
+    assert [event["step"] for event in events[1:-1]] == list(range(1, LOOP.steps + 1))
+    router = read_router((tmp_path / "router.safetensors").read_bytes(), "router", inventory)
+    assert router.metadata.task == "colours"
+    assert router.metadata.scores["held_out"] | {"event": "scored"} == events[-1]
+    assert router.metadata.provenance["rows"] == 9
+
+
+def test_worker_that_cannot_fit_says_why(
+    inventory: Inventory, tiny_base: Path, tmp_path: Path
+) -> None:
+    few = job(inventory, tiny_base, tmp_path / "router.safetensors", rows=ROWS[:5])
+    status, events = run_worker(few)
+    assert status == 1
+    assert events[-1]["event"] == "failed"
+    assert "at least 8 rows are needed, got 5" in events[-1]["message"]
+    assert not (tmp_path / "router.safetensors").exists()
+
+
+def test_every_fourth_row_is_held_out() -> None:
+    task = task_of(FitJob("", "", "t", "", ROWS, ""))
+    assert [row.input for row in task.rows["valid"]] == ["thing 3", "thing 7", "thing 11"]
+    assert len(task.rows["train"]) == 9
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (ROWS[: FEWEST_ROWS - 1], "at least 8 rows"),
+        ([*ROWS, {"input": "a", "answer": "b"}], "every row has options, or none"),
+    ],
+    ids=["few", "mixed"],
+)
+def test_rows_that_make_no_task_are_refused(rows: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        task_of(FitJob("", "", "t", "", rows, ""))

@@ -1,0 +1,143 @@
+"""The comparison study, whole, on the tiny model; and what its cells promise."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from polyrex.adapters.attach import find_targets
+from polyrex.adapters.base_model import load_base
+from polyrex.adapters.errors import DataError
+from polyrex.adapters.parameter_counts import count_parameters
+from polyrex.adapters.spec import AdapterSpec
+from polyrex.training import study
+from polyrex.training.loop import LoopConfig
+from polyrex.training.study_bench import Bench
+from polyrex.training.study_plan import VARIANTS, StudyConfig, Variant
+
+UPPER = r"model\.layers\.1\..*_proj"
+LOOP = LoopConfig(steps=4, batch_rows=4, warmup=1, sample_routing=False, checkpoint_every=2)
+INTUITION = AdapterSpec("trex", rank=2, granularity="model", intuition=3)
+SMALL = (
+    Variant("lora", "lora", AdapterSpec("lora", rank=2), ("modules",)),
+    Variant("poly", "poly", AdapterSpec("poly", rank=2, experts=3), ("routing", "both")),
+    Variant("molora", "molora", AdapterSpec("molora", rank=2, experts=3), ("token-routers",)),
+    Variant("trex-intuition", "trex", INTUITION, ("routing",), routes_tasks=False),
+)
+
+
+@pytest.fixture(scope="module")
+def config(
+    tiny_base: Path, rows_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> StudyConfig:
+    """A study of four variants, finished."""
+    folder: Path = tmp_path_factory.mktemp("study")
+    config = StudyConfig(
+        rows_folder,
+        folder / "out",
+        folder / "work",
+        base=str(tiny_base),
+        targets=UPPER,
+        lower_layers=1,
+        dtype="float32",
+        variants=SMALL,
+        held_out=("other_colour",),
+        rows=4,
+        seeds=(0, 1),
+        search=LOOP,
+        train=LOOP,
+        adapt=replace(LOOP, steps=2),
+        workers=1,
+    )
+    Bench.open(config).fill_caches()
+    for variant in SMALL:
+        study.search_rates(config, variant)
+        study.run_variant(config, variant)
+    return config
+
+
+def found(config: StudyConfig, *names: str) -> dict[str, object]:
+    values: dict[str, object] = json.loads(study.cell(config, *names).read_text())
+    return values
+
+
+def test_every_variant_is_trained_scored_and_adapted(config: StudyConfig) -> None:
+    for variant in SMALL:
+        scores = found(config, "train", variant.name)["scores"]
+        assert isinstance(scores, dict)
+        assert set(scores) == {"colour", "shout", "other_colour"}
+        for mode in variant.modes:
+            adapted = found(config, "adapt", f"{variant.name}-{mode}")["held_out"]
+            assert isinstance(adapted, dict)
+            assert set(adapted["other_colour"]) == {"0", "1"}
+
+
+@pytest.mark.parametrize("variant", SMALL, ids=lambda v: v.name)
+def test_counts_are_what_the_optimiser_holds(config: StudyConfig, variant: Variant) -> None:
+    held = found(config, "train", variant.name)["parameters"]
+    assert isinstance(held, dict)
+    targets = find_targets(load_base(config.base, torch.float32), UPPER)
+    counts = count_parameters(variant.spec, targets, tasks=2)
+    routing = 2 * counts.routing_per_task if variant.routes_tasks else 0
+    assert held["experts"] + held["gates"] + held["token_routers"] == counts.experts
+    assert held["token_routers"] == counts.token_routers
+    assert held["routing"] == routing
+
+
+def test_killed_run_ends_with_the_same_cells(
+    config: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after training; the second start takes up the checkpoint, and only scores."""
+    variant = SMALL[1]
+    again = replace(config, out=tmp_path / "out", work=tmp_path / "work")
+    Bench.open(again).fill_caches()
+    study.cell(again, "search", "poly").write_text(study.cell(config, "search", "poly").read_text())
+
+    class Killed(Exception):
+        pass
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "score_tasks", killed)
+        with pytest.raises(Killed):
+            study.run_variant(again, variant)
+    study.run_variant(again, variant)
+    for names in (("train", "poly"), ("adapt", "poly-routing"), ("adapt", "poly-both")):
+        first, second = found(config, *names), found(again, *names)
+        for record in (first, second):
+            record.pop("tokens_per_second", None)
+            record.pop("commit")
+        assert first == second
+
+
+def test_cells_of_another_study_are_not_gone_on_with(config: StudyConfig, tmp_path: Path) -> None:
+    mine = replace(config, out=tmp_path)
+    bench = Bench.open(mine)
+    study.check_plan(mine, bench)
+    study.check_plan(mine, bench)
+    longer = replace(mine, train=replace(LOOP, steps=9))
+    with pytest.raises(DataError, match=r"another study \(loops differ\)"):
+        study.check_plan(longer, bench)
+
+
+def test_search_ends_once_a_rate_does_worse(config: StudyConfig) -> None:
+    tried = found(config, "search", "lora")["tried"]
+    assert isinstance(tried, list)
+    losses = [entry["valid_loss"] for entry in tried]
+    assert losses[:-1] == sorted(losses[:-1], reverse=True)
+    best = study.best_rates(config, SMALL[0])
+    assert best.experts == tried[losses.index(min(losses))]["rates"]["experts"]
+
+
+def test_score_keeps_one_bit_a_row() -> None:
+    assert study.entry([True, False, True, True]) == {"score": 0.75, "rows": 4, "right": "d"}
+
+
+def test_names_of_variants_are_their_own() -> None:
+    assert len({variant.name for variant in VARIANTS}) == len(VARIANTS)

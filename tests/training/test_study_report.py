@@ -1,0 +1,104 @@
+"""What the study's report makes of its cells."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from polyrex.adapters.attach import find_targets
+from polyrex.adapters.base_model import load_base
+from polyrex.adapters.composed import LowRank
+from polyrex.adapters.parameter_counts import count_parameters
+from polyrex.adapters.spec import AdapterSpec
+from polyrex.training.study import entry
+from polyrex.training.study_plan import StudyConfig, Variant
+from polyrex.training.study_plots import cosines
+from polyrex.training.study_report import (
+    ablation_table,
+    bits,
+    main_table,
+    mean_of,
+    mean_of_medians,
+    paired,
+    summarise,
+)
+
+HALF, ALL, NONE = [True, False] * 50, [True] * 100, [False] * 100
+POLY = AdapterSpec("poly", rank=2, experts=3)
+
+
+def test_mean_takes_rows_as_independent() -> None:
+    found = mean_of({"a": entry(HALF), "b": entry(ALL), "c": entry(NONE)}, ["a", "b"])
+    assert found.value == 0.75
+    assert found.error == pytest.approx(math.sqrt(0.25 / 100) / 2)
+
+
+def test_mean_of_medians_adds_the_spread_over_seeds() -> None:
+    seeds = {"0": entry(HALF), "1": entry(ALL), "2": entry(NONE)}
+    found = mean_of_medians({"a": seeds})
+    assert found.value == 0.5
+    assert found.error == pytest.approx(math.sqrt(0.25 / 100 + 0.25 / 3))
+
+
+def test_paired_difference_is_surer_than_two_means() -> None:
+    """Two methods that are right on the same rows, but for one."""
+    better = HALF.copy()
+    better[1] = True
+    difference, error = paired({"a": {"0": entry(better)}}, {"a": {"0": entry(HALF)}})
+    assert difference == pytest.approx(0.01)
+    assert error == pytest.approx(0.01)
+    assert error < mean_of({"a": entry(HALF)}, ["a"]).error
+
+
+def test_bits_are_the_rows() -> None:
+    rows = [False, True, True, False, True]
+    assert bits(entry(rows)) == [0, 1, 1, 0, 1]
+
+
+def test_summary_counts_and_scores_what_is_finished(tiny_base: Path, tmp_path: Path) -> None:
+    variants = (
+        Variant("poly", "poly", POLY, ("routing", "both")),
+        Variant("later", "poly", POLY, ("routing",)),
+    )
+    config = StudyConfig(
+        tmp_path, tmp_path, tmp_path, targets=".*_proj", variants=variants, held_out=("new",)
+    )
+    (tmp_path / "train").mkdir()
+    (tmp_path / "adapt").mkdir()
+    scores = {"old": entry(HALF), "other": entry(ALL), "new": entry(NONE)}
+    train = {"scores": scores, "valid_loss": 1.0}
+    (tmp_path / "train" / "poly.json").write_text(json.dumps(train))
+    (tmp_path / "base.json").write_text(json.dumps({"scores": scores}))
+    for mode, rows in (("routing", HALF), ("both", ALL)):
+        cell = {"held_out": {"new": {"0": entry(rows)}}}
+        (tmp_path / "adapt" / f"poly-{mode}.json").write_text(json.dumps(cell))
+    base = load_base(str(tiny_base), torch.float32)
+    found = summarise(config, base)
+    counts = count_parameters(POLY, find_targets(base), tasks=2)
+    poly = found["methods"]["poly"]
+    assert list(found["methods"]) == ["poly"]
+    assert (poly["held_in_mean"], poly["zero_shot_mean"], poly["held_out_mean"]) == (0.75, 0, 1)
+    assert poly["multi_task_params"] == counts.multi_task
+    assert poly["mode"] == "both"
+    assert (
+        found["ablations"]["poly-routing"]
+        | {
+            "held_out_mean": 0.5,
+            "adaptation_params": counts.routing_per_task,
+        }
+        == found["ablations"]["poly-routing"]
+    )
+    assert "| poly | " in main_table(found)
+    assert "| poly-routing | " in ablation_table(found)
+    assert "50.0 ± 5.0 |" in ablation_table(found)
+
+
+def test_cosines_of_experts_are_those_of_their_matrices() -> None:
+    experts = LowRank(torch.randn(3, 2, 5), torch.randn(3, 2, 4))
+    matrices = (experts.a.transpose(1, 2) @ experts.b).flatten(1)
+    unit = torch.nn.functional.normalize(matrices, dim=-1)
+    torch.testing.assert_close(cosines(experts), unit @ unit.T)

@@ -1,0 +1,151 @@
+"""A few rows to a router, in a process of its own: what `POST /v1/tasks/{name}/fit` runs.
+
+Reads one JSON object from stdin (FitJob) and writes one JSON object a line to stdout, an event
+each: `started`, `progress` (step, steps, loss), and at last `scored`, or `failed` with a message.
+The router is then in the job's `out` file, with its scores in its metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyrex.adapters.attach import AdaptedModel
+from polyrex.adapters.base_model import load_base, load_tokenizer, resolve_base
+from polyrex.adapters.errors import DataError, PolyrexError
+from polyrex.adapters.inventory import load_experts, read_inventory
+from polyrex.adapters.router_file import RouterMetadata, write_router
+
+from .adapt import ADAPTATION, fit, neighbours
+from .batches import encode_rows
+from .data import Metric, Row, Task, prompt_of
+from .evaluate import Score, evaluate
+from .loop import StepRecord, current_commit
+from .multi_task import use_eager_attention
+
+LOOP = replace(ADAPTATION, steps=24, batch_rows=8, warmup=3)
+"""Three looks at every one of 32 rows that are not held out take about a minute on two cores."""
+
+NICENESS = 5
+"""Serving comes first: of a core that the engine wants too, the worker gets about a quarter. With
+`SCHED_IDLE` a fit beside a busy server would never end."""
+
+FEWEST_ROWS = 8
+HELD_OUT_EVERY = 4
+
+
+@dataclass(frozen=True)
+class FitJob:
+    """One task to fit; `rows` hold `input`, `answer` and, where there are any, `options`."""
+
+    base: str
+    inventory: str
+    task: str
+    instruction: str
+    rows: list[dict[str, Any]]
+    out: str
+    dtype: str = "bfloat16"
+
+
+def run_job(job: FitJob, emit: Callable[..., None]) -> None:
+    """Fit, score on the rows held out, and write the router.
+
+    Every fourth row is held out. Raises DataError where there are too few rows, or where they are
+    of two kinds; FileError or SpecError where the inventory cannot be fitted to.
+    """
+    task = task_of(job)
+    inventory = read_inventory(Path(job.inventory))
+    path = resolve_base(job.base)
+    base, tokenizer = load_base(path, getattr(torch, job.dtype)), load_tokenizer(path)
+    adapted = load_experts(inventory, base)
+    train = task.rows["train"]
+    emit("started", rows=len(train), held_out=len(task.rows["valid"]), steps=LOOP.steps)
+    use_eager_attention(base)
+
+    def progress(record: StepRecord) -> None:
+        emit("progress", step=record.step + 1, steps=LOOP.steps, loss=round(record.loss, 4))
+
+    start, logits, _ = fit(
+        adapted,
+        encode_rows(tokenizer, task.instruction, train),
+        tokenizer.eos_token_id,
+        LOOP,
+        starts=neighbours(inventory),
+        progress=progress,
+    )
+    scores = held_out_scores(adapted, tokenizer, task, logits)
+    metadata = RouterMetadata(
+        inventory_sha256=inventory.sha256,
+        task=job.task,
+        description=job.instruction,
+        provenance={
+            "trained": "fitted by the server (routing)",
+            "rows": len(train),
+            "started_from": start,
+            "commit": current_commit(),
+            "example_prompt": prompt_of(task.instruction, train[0]),
+        },
+        scores={"held_out": scores},
+    )
+    write_router(Path(job.out), logits, inventory.spec, metadata)
+    emit("scored", **scores)
+
+
+def task_of(job: FitJob) -> Task:
+    """The job's rows as a task: every fourth is held out, as its `valid` split."""
+    rows = [Row(r["input"], r["answer"], tuple(r.get("options") or ()) or None) for r in job.rows]
+    if len(rows) < FEWEST_ROWS:
+        raise DataError(f"{job.task}: at least {FEWEST_ROWS} rows are needed, got {len(rows)}")
+    if len({row.options is None for row in rows}) != 1:
+        raise DataError(f"{job.task}: either every row has options, or none")
+    metric: Metric = "exact_match" if rows[0].options is None else "rank_classification_accuracy"
+    held_out = rows[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+    train = [row for i, row in enumerate(rows, start=1) if i % HELD_OUT_EVERY]
+    splits: dict[Any, Any] = {"train": tuple(train), "valid": tuple(held_out), "test": ()}
+    return Task(job.task, job.instruction, metric, "", "", "", splits)
+
+
+def held_out_scores(
+    adapted: AdaptedModel, tokenizer: Any, task: Task, logits: Tensor
+) -> dict[str, Any]:
+    """What the base model and the fitted task score on the rows held out."""
+    adapted.prepare(adapted.model.dtype)  # type: ignore[arg-type]
+    before = evaluate(adapted, tokenizer, task, None, split="valid")
+    after = evaluate(adapted, tokenizer, task, logits, split="valid")
+    return {"metric": after.metric, "rows": after.rows, **_values(before, after)}
+
+
+def _values(before: Score, after: Score) -> dict[str, float]:
+    return {
+        "base": round(before.value, 4),
+        "adapted": round(after.value, 4),
+        "standard_error": round(after.standard_error, 4),
+    }
+
+
+def _emit(event: str, **values: Any) -> None:
+    print(json.dumps({"event": event, **values}), flush=True)
+
+
+def main() -> None:
+    """Run the job on stdin; exits with 1 where it failed, which an event tells."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    os.nice(NICENESS)
+    try:
+        run_job(FitJob(**json.loads(sys.stdin.read())), _emit)
+    except PolyrexError as error:
+        _emit("failed", message=str(error))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Prompts with the options that may follow them, as one sequence of tokens each.
+
+All options of a prompt lie behind it, each blind to the others, so that the prompt is encoded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """A prompt and its options, as tokens; no option is empty.
+
+    `hidden` [T, d] is what the frozen layers below the adapters make of them, where it is known.
+    `intuition` [K] is the prompt's own, where it is routed by that.
+    """
+
+    prompt: tuple[int, ...]
+    options: tuple[tuple[int, ...], ...]
+    hidden: Tensor | None = None
+    intuition: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt) + sum(map(len, self.options))
+
+    @cached_property
+    def tokens(self) -> list[int]:
+        """The prompt, then one option after the other."""
+        return [*self.prompt, *(token for option in self.options for token in option)]
+
+    @cached_property
+    def positions(self) -> list[int]:
+        """Every option begins right behind the prompt."""
+        start = len(self.prompt)
+        behind = (p for option in self.options for p in range(start, start + len(option)))
+        return [*range(start), *behind]
+
+    @cached_property
+    def branch(self) -> list[int]:
+        """0 for the prompt, 1.. for the option that a token belongs to."""
+        behind = (n for n, option in enumerate(self.options, start=1) for _ in option)
+        return [0] * len(self.prompt) + [*behind]
+
+    @cached_property
+    def sources(self) -> list[int]:
+        """For each option token, where in the sequence it is predicted."""
+        found, start = [], len(self.prompt)
+        for option in self.options:
+            found += [len(self.prompt) - 1, *range(start, start + len(option) - 1)]
+            start += len(option)
+        return found
+
+
+def branch_mask(branch: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, T] branches (-1: padding) -> [B, 1, T, T], added to attention's logits: 0 or the least.
+
+    A token sees what came before it in the prompt and in its own option, and itself.
+    """
+    length = branch.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=branch.device).tril()
+    seen = (branch[:, None, :] == branch[:, :, None]) | (branch[:, None, :] == 0)
+    mask = torch.zeros(len(branch), 1, length, length, dtype=dtype, device=branch.device)
+    return mask.masked_fill_(~(causal & seen)[:, None], torch.finfo(dtype).min)
+
+
+def last_hidden(base: nn.Module, questions: Sequence[Question]) -> Tensor:
+    """The last hidden states [B, T, d] of a batch of questions, padded on the right.
+
+    Begins at the hidden states that the questions bring, where they bring any.
+    """
+    model: Any = base
+    out: Tensor = model.base_model(**model_inputs(questions, model.dtype)).last_hidden_state
+    return out
+
+
+def model_inputs(questions: Sequence[Question], dtype: torch.dtype) -> dict[str, Any]:
+    """What a Hugging Face decoder takes for a batch of questions."""
+    width = max(map(len, questions))
+    positions = torch.zeros(len(questions), width, dtype=torch.int64)
+    tokens, branch = positions.clone(), positions - 1
+    for row, question in enumerate(questions):
+        count = len(question)
+        tokens[row, :count] = torch.tensor(question.tokens)
+        positions[row, :count] = torch.tensor(question.positions)
+        branch[row, :count] = torch.tensor(question.branch)
+    inputs = {
+        "position_ids": positions,
+        "attention_mask": branch_mask(branch, dtype),
+        "use_cache": False,
+    }
+    if questions[0].hidden is None:
+        return {"input_ids": tokens, **inputs}
+    return {"inputs_embeds": padded([question.hidden for question in questions]), **inputs}
+
+
+def padded(hidden: Sequence[Tensor | None]) -> Tensor:
+    """Hidden states [T, d] of a batch as [B, T, d], zeros behind."""
+    return nn.utils.rnn.pad_sequence([h for h in hidden if h is not None], batch_first=True)

@@ -1,0 +1,303 @@
+"""The comparison study: every variant trained, scored, and adapted to new tasks, cell by cell.
+
+A cell is one JSON file in the study's folder: `base`, `search/FAMILY`, `train/VARIANT`,
+`adapt/VARIANT-MODE`. A run does what is missing, several variants beside each other, so that it may
+be stopped at any time; training resumes from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from copy import deepcopy
+from dataclasses import asdict, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
+
+from polyrex.adapters.attach import AdaptedModel
+from polyrex.adapters.base_model import load_base, resolve_base
+from polyrex.adapters.errors import DataError
+from polyrex.adapters.intuition import Intuition
+from polyrex.adapters.inventory import read_inventory
+
+from .adapt import AdaptMode, fit, neighbours
+from .batches import Example
+from .loop import LoopConfig, StepRecord, current_commit, run, write_record
+from .model import MultiTaskModel
+from .multi_task import write_results
+from .optimiser import Groups, LearningRates
+from .study_bench import Bench
+from .study_plan import RATES, VARIANTS, StudyConfig, Variant
+from .study_plots import draw
+from .study_report import ablation_table, main_table, summarise
+
+logger = logging.getLogger(__name__)
+
+
+def run_study(config: StudyConfig) -> None:
+    """Do every cell that is missing. Raises DataError or SpecError where the plan cannot be run."""
+    bench = Bench.open(config)
+    check_plan(config, bench)
+    bench.fill_caches()
+    context = get_context("spawn")
+    with ProcessPoolExecutor(config.workers, context, _start_worker, (config,)) as pool:
+        families = {variant.family: variant for variant in reversed(config.variants)}
+        scored = pool.submit(score_base, config)
+        list(pool.map(partial(search_rates, config), families.values()))
+        scored.result()
+        for name in pool.map(partial(run_variant, config), config.variants):
+            logger.info("%s: done", name)
+
+
+def check_plan(config: StudyConfig, bench: Bench) -> None:
+    """Note in the study's folder what it is of; cells of another study are not gone on with.
+
+    Raises DataError where the folder holds another one's.
+    """
+    plan: dict[str, Any] = {
+        "tasks": {t.name: len(t.rows["train"]) for t in bench.held_in + bench.held_out},
+        "base": config.base,
+        "targets": config.targets,
+        "dtype": config.dtype,
+        "rows": config.rows,
+        "test_rows": config.test_rows,
+        "seeds": list(config.seeds),
+        "loops": {name: asdict(getattr(config, name)) for name in ("search", "train", "adapt")},
+    }
+    path = cell(config, "plan")
+    found = json.loads(path.read_text()) if path.exists() else plan
+    differing = [key for key in plan if found.get(key) != plan[key]]
+    if differing:
+        raise DataError(
+            f"{path}: the cells there are of another study ({', '.join(differing)} differ); "
+            "give another folder"
+        )
+    write_record(path, plan)
+
+
+def _start_worker(config: StudyConfig) -> None:
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading weights, each time
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(message)s")
+    torch.set_num_threads(max(1, torch.get_num_threads() // config.workers))
+
+
+def cell(config: StudyConfig, *names: str) -> Path:
+    """Where a cell's result lies; its folder is made."""
+    path = config.out.joinpath(*names[:-1], f"{names[-1]}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def score_base(config: StudyConfig) -> None:
+    """The cell `base`: what the model knows without any adapter."""
+    path = cell(config, "base")
+    if path.exists():
+        return
+    bench = Bench.open(config)
+    adapted = bench.fresh(config.variants[0]).adapted
+    nothing = dict.fromkeys(task.name for task in bench.held_in + bench.held_out)
+    scores = score_tasks(bench, adapted, nothing)
+    write_record(path, {"scores": scores, "commit": current_commit()})
+
+
+def search_rates(config: StudyConfig, variant: Variant) -> None:
+    """Train a variant for a short while at each of its family's rates, until one does worse than
+    the one before; the cell notes the loss on valid rows."""
+    path = cell(config, "search", variant.family)
+    done = json.loads(path.read_text())["tried"] if path.exists() else []
+    for rates in RATES[variant.family][len(done) :]:
+        if len(done) > 1 and done[-1]["valid_loss"] > done[-2]["valid_loss"]:
+            break
+        bench = Bench.open(config)
+        model = bench.fresh(variant)
+        examples = bench.examples("train", model.intuition)
+        loop = replace(config.search, rates=rates)
+        _train(bench, model, variant, examples, loop, None)
+        loss = mean_loss(model, bench.examples("valid", model.intuition))
+        done.append({"rates": asdict(rates), "valid_loss": round(loss, 4)})
+        write_record(path, {"variant": variant.name, "steps": loop.steps, "tried": done})
+
+
+def best_rates(config: StudyConfig, variant: Variant) -> LearningRates:
+    """The rates at which the search of the variant's family ended with the least valid loss."""
+    tried = json.loads(cell(config, "search", variant.family).read_text())["tried"]
+    return LearningRates(**min(tried, key=lambda entry: entry["valid_loss"])["rates"])
+
+
+def run_variant(config: StudyConfig, variant: Variant) -> str:
+    """Train, score and adapt one variant, as far as that is not done yet; returns its name."""
+    if not cell(config, "train", variant.name).exists():
+        train_variant(Bench.open(config), variant)
+    for mode in variant.modes:
+        adapt_variant(config, variant, mode)
+    return variant.name
+
+
+def _train(
+    bench: Bench,
+    model: MultiTaskModel,
+    variant: Variant,
+    examples: Sequence[Example],
+    loop: LoopConfig,
+    checkpoint: Path | None,
+) -> tuple[Groups, list[StepRecord]]:
+    groups = model.parameter_groups()
+    if not variant.routes_tasks:
+        torch.nn.init.zeros_(model.logits)
+        model.logits.requires_grad_(False)
+        groups["routing"] = []
+    pad, title = bench.tokenizer.eos_token_id, variant.name
+    return groups, run(model, groups, examples, loop, pad=pad, checkpoint=checkpoint, title=title)
+
+
+@torch.no_grad()
+def mean_loss(model: MultiTaskModel, examples: Sequence[Example], batch_rows: int = 32) -> float:
+    """The mean loss of rows, in batches of alike lengths."""
+    ordered = sorted(examples, key=len)
+    batches = [ordered[i : i + batch_rows] for i in range(0, len(ordered), batch_rows)]
+    total = sum(model.loss(model.collate(batch, 0)).item() * len(batch) for batch in batches)
+    model.release()
+    return total / len(ordered)
+
+
+def train_variant(bench: Bench, variant: Variant) -> None:
+    """Train on all held_in tasks; write the inventory, its routers, and the cell with scores.
+
+    Held_out tasks are scored as they are, under the mean of the routers, or by each prompt's own
+    intuition where the variant has one, as are held_in tasks then.
+    """
+    config = bench.config
+    folder = config.work / variant.name
+    folder.mkdir(parents=True, exist_ok=True)
+    model = bench.fresh(variant)
+    examples = bench.examples("train", model.intuition)
+    loop = replace(config.train, rates=best_rates(config, variant))
+    checkpoint = folder / "checkpoint.safetensors"
+    groups, curve = _train(bench, model, variant, examples, loop, checkpoint)
+    if model.intuition is not None:
+        own = [bench.mean_intuition(model.intuition, task, None) for task in bench.held_in]
+        model.logits.data.copy_(torch.stack(own))
+    write_results(folder, model, bench.held_in, torch.float32)
+    logits = {task.name: model.logits[i].detach() for i, task in enumerate(bench.held_in)}
+    logits |= {task.name: model.logits.detach().mean(0) for task in bench.held_out}
+    record = {
+        "spec": asdict(variant.spec),
+        "loop": asdict(loop),
+        "rows": len(examples),
+        "parameters": counts(groups),
+        "valid_loss": round(mean_loss(model, bench.examples("valid", model.intuition)), 4),
+        "curve": smoothed([record.loss for record in curve]),
+        "tokens_per_second": round(sum(r.tokens_per_second for r in curve) / len(curve)),
+        "scores": score_tasks(bench, model.adapted, logits, model.intuition),
+        "commit": current_commit(),
+    }
+    write_record(cell(config, "train", variant.name), record)
+
+
+def score_tasks(
+    bench: Bench,
+    adapted: AdaptedModel,
+    logits: Mapping[str, Tensor | None],
+    intuition: Intuition | None = None,
+) -> dict[str, Any]:
+    """Every task's test score under its logits [groups, R]; None for the base model alone.
+
+    With an intuition, each prompt is routed by its own instead.
+    """
+    scores = {}
+    for task in bench.held_in + bench.held_out:
+        questions = bench.questions(task, intuition)
+        scores[task.name] = entry(bench.right(adapted, task, questions, logits[task.name]))
+        logger.info("%s %.3f", task.name, scores[task.name]["score"])
+    return scores
+
+
+def adapt_variant(config: StudyConfig, variant: Variant, mode: AdaptMode) -> None:
+    """Adapt to every held_out task from a few rows, for each seed; the cell grows task by task."""
+    path = cell(config, "adapt", f"{variant.name}-{mode}")
+    done = json.loads(path.read_text()) if path.exists() else {"held_out": {}}
+    if all(name in done["held_out"] for name in config.held_out):
+        return
+    inventory = read_inventory(config.work / variant.name / "inventory.safetensors")
+    bench = Bench.open(config)
+    adapted = bench.load(inventory)
+    trained = [deepcopy(layer.experts.state_dict()) for layer in adapted.layers]
+    known = neighbours(inventory) if mode in ("routing", "both") else {}
+    rates = replace(best_rates(config, variant), routing=config.adapt.rates.routing)
+    pad = bench.tokenizer.eos_token_id
+    for task in bench.held_out:
+        if task.name in done["held_out"]:
+            continue
+        questions, seeds = bench.questions(task), {}
+        for seed in config.seeds:
+            for layer, state in zip(adapted.layers, trained, strict=True):
+                layer.experts.load_state_dict(state)
+            loop = replace(config.adapt, seed=seed, rates=rates)
+            starts = dict(known)
+            if inventory.intuition is not None:
+                starts["own"] = bench.mean_intuition(inventory.intuition, task, seed)
+            examples = bench.few_shot(task, seed)
+            start, logits, losses = fit(adapted, examples, pad, loop, mode=mode, starts=starts)
+            found = entry(bench.right(adapted, task, questions, logits))
+            seeds[str(seed)] = {"start": start, "loss": smoothed(losses, 5), **found}
+            logger.info("%s: %s seed %d %.3f", path.stem, task.name, seed, found["score"])
+        done["held_out"][task.name] = seeds
+        done |= {"mode": mode, "rows": config.rows, "loop": asdict(loop)}
+        write_record(path, done | {"commit": current_commit()})
+
+
+def entry(right: Sequence[bool]) -> dict[str, Any]:
+    """A score and the rows behind it, as a cell keeps them: one bit a row, first row first."""
+    bits = sum(1 << i for i, each in enumerate(right) if each)
+    return {"score": round(sum(right) / len(right), 4), "rows": len(right), "right": f"{bits:x}"}
+
+
+def counts(groups: Groups) -> dict[str, int]:
+    """How many numbers the optimiser holds, by role."""
+    return {role: sum(p.numel() for _, p in members) for role, members in groups.items()}
+
+
+def smoothed(losses: Iterable[float], window: int = 20) -> list[float]:
+    """Means over windows of so many steps: a curve that a small file can hold."""
+    values = list(losses)
+    parts = [values[i : i + window] for i in range(0, len(values), window)]
+    return [round(math.fsum(part) / len(part), 4) for part in parts]
+
+
+def main() -> None:
+    """The command behind `make study`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder with manifest.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder for results")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder for what can be made again"
+    )
+    parser.add_argument("--variant", action="append", help="only this one; repeat it for more")
+    parser.add_argument("--report", action="store_true", help="only of what is finished")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    chosen = [v for v in VARIANTS if not options.variant or v.name in options.variant]
+    config = StudyConfig(options.data, options.out, options.work, variants=chosen)
+    if not options.report:
+        run_study(config)
+    base = load_base(resolve_base(config.base), torch.float32)
+    summary = summarise(replace(config, variants=VARIANTS), base)
+    write_record(options.out.with_name("study.json"), summary)
+    draw(summary, config.out, config.work, "tensorpoly-1-e8-n2")
+    tables = [main_table(summary), ablation_table(summary)]
+    (config.out / "tables.md").write_text("\n\n".join(tables) + "\n")
+    print("\n\n".join(tables))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""What the comparison study compares: variants of methods, and how long each part runs.
+
+Everything is cut evenly: all variants see the same rows in the same order for the same number of
+steps, and only learning rates differ, chosen for each family of methods by the same small search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from polyrex.adapters.base_model import DEFAULT_BASE
+from polyrex.adapters.spec import AdapterSpec, TrexForm
+
+from .adapt import ADAPTATION, AdaptMode
+from .cluster import CENTROIDS
+from .loop import LoopConfig
+from .optimiser import LearningRates
+
+UPPER_THIRD = r"model\.layers\.2\d\..*_proj"
+"""The projections of the last ten of SmolLM2-135M's thirty layers."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the study's tables; `modes` are the ways in which it is adapted to new tasks.
+
+    Variants of one `family` share the learning rates that the search found for its first member.
+    """
+
+    name: str
+    family: str
+    spec: AdapterSpec
+    modes: tuple[AdaptMode, ...]
+    routes_tasks: bool = True  # False: nothing is learned of single tasks in training
+
+
+_ALL: tuple[AdaptMode, ...] = ("routing", "modules", "both")
+_TOKENS: tuple[AdaptMode, ...] = ("token-routers",)
+
+
+def _leaves(
+    name: str, *, experts: int, order: int = 2, modes: tuple[AdaptMode, ...] = ("routing",)
+) -> Variant:
+    spec = AdapterSpec(f"tensorpoly-{name[0]}", experts=experts, order=order)
+    return Variant(f"tensorpoly-{name}", "leaves", spec, modes)
+
+
+def _trex(rank: int, rank_out: int | None = None, form: TrexForm = "mix") -> AdapterSpec:
+    return AdapterSpec(
+        "trex", rank, rank_out=rank_out, form=form, granularity="model", intuition=CENTROIDS
+    )
+
+
+VARIANTS = (
+    Variant("lora", "lora", AdapterSpec("lora"), ("modules",)),
+    _leaves("1-e8-n2", experts=8, modes=_ALL),
+    Variant("poly", "poly", AdapterSpec("poly", experts=8), _ALL),
+    Variant("trex-mix", "trex", AdapterSpec("trex", rank=4, rank_out=3), _TOKENS, False),
+    Variant("molora", "molora", AdapterSpec("molora", rank=4, experts=8), _TOKENS),
+    Variant("mhr", "poly", AdapterSpec("mhr", experts=8, splits=8), _ALL),
+    _leaves("2", experts=8),
+    Variant("trex-diagonal", "trex", AdapterSpec("trex", rank=7, form="diagonal"), _TOKENS, False),
+    Variant("trex-mix-intuition", "trex", _trex(rank=4, rank_out=3), ("routing",), False),
+    Variant("trex-diagonal-intuition", "trex", _trex(rank=7, form="diagonal"), ("routing",), False),
+    Variant("tlora", "leaves", AdapterSpec("tlora"), ("modules",)),
+    Variant("sira", "molora", AdapterSpec("sira", rank=4, experts=8), _TOKENS),
+    _leaves("1-e20-n2", experts=20),
+    _leaves("1-e8-n4", experts=8, order=4),
+    _leaves("1-e20-n4", experts=20, order=4),
+    _leaves("x", experts=4),
+)
+
+_BY_TOKEN = tuple(
+    LearningRates(experts=rate, token_routers=rate) for rate in (3e-4, 1e-3, 3e-3, 1e-2)
+)
+_LOW_RANK = tuple(LearningRates(experts=rate) for rate in (2e-3, 6e-3, 2e-2, 6e-2))
+_LEAVES = ((1e-2, 1e-3), (3e-2, 1e-3), (3e-2, 3e-3), (3e-2, 1e-2), (1e-1, 1e-2))
+RATES = {
+    "lora": _LOW_RANK,
+    "poly": _LOW_RANK,
+    "molora": _BY_TOKEN,
+    "trex": _BY_TOKEN,
+    "leaves": tuple(LearningRates(experts=experts, gates=gates) for experts, gates in _LEAVES),
+}
+"""What the search tries, by family, one after the other for as long as it gets better. LoRA and
+Poly divide by the rank, MoLoRA and T-REX do not."""
+
+SEARCH = LoopConfig(steps=120, sample_routing=False)
+TRAIN = LoopConfig(steps=500, sample_routing=False)
+ADAPT = replace(ADAPTATION, steps=30, batch_rows=8)
+
+HELD_OUT = ("epistemic", "social_iqa", "winowhy", "wic_wn", "plural", "strategyqa")
+"""Of each group of held_out tasks the one with the most rows, of those that may be passed on."""
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """One study. `out` keeps the results, which are small; `work` what can be made again."""
+
+    data: Path
+    out: Path
+    work: Path
+    base: str = DEFAULT_BASE
+    targets: str = UPPER_THIRD
+    lower_layers: int = 20
+    dtype: str = "bfloat16"
+    variants: Sequence[Variant] = VARIANTS
+    held_out: tuple[str, ...] = HELD_OUT
+    rows: int = 32
+    test_rows: int = 250
+    """At most, of each task's test split: the first ones."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    search: LoopConfig = SEARCH
+    train: LoopConfig = TRAIN
+    adapt: LoopConfig = ADAPT
+    workers: int = 2

@@ -1,0 +1,146 @@
+"""The study's plots: accuracy against parameters, routing, experts, tasks, convergence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib import pyplot
+from torch import Tensor
+
+from polyrex.adapters.composed import LowRank
+from polyrex.adapters.inventory import Inventory, read_experts, read_inventory
+
+from .adapt import neighbours
+
+matplotlib.use("agg")
+
+
+def accuracy_against_parameters(summary: Mapping[str, Any], path: Path) -> None:
+    """Two panels: held_in against what training learns, held_out against what adapting learns."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    left = [
+        (name, m["multi_task_params"], m["held_in_mean"], m["held_in_standard_error"])
+        for name, m in summary["methods"].items()
+    ]
+    right = [
+        (name, m["adaptation_params"], m["held_out_mean"], m["standard_error"])
+        for name, m in summary["ablations"].items()
+    ]
+    for axis, points, what in ((axes[0], left, "trained"), (axes[1], right, "adapted")):
+        for name, parameters, value, error in points:
+            axis.errorbar(parameters, 100 * value, yerr=100 * error, fmt="o", ms=4, lw=1)
+            axis.annotate(name, (parameters, 100 * value), (4, 4), None, "offset points", size=7)
+        axis.set_xscale("log")
+        axis.set_xlabel(f"{what} parameters")
+    axes[0].set_ylabel("held_in accuracy, %")
+    axes[1].set_ylabel("held_out accuracy, %, 32 rows a task")
+    _save(figure, path)
+
+
+def routing_heat_map(inventory: Inventory, path: Path) -> None:
+    """For each task, the routing weights of every layer's experts, a mean over its modules."""
+    routers = neighbours(inventory)
+    layers = [_layer(target.name) for target in inventory.targets]
+    numbers = sorted(set(layers))
+    figure, axes = pyplot.subplots(
+        3, -(-len(routers) // 3), figsize=(16, 8), layout="constrained", squeeze=False
+    )
+    image = None
+    for axis, (name, logits) in zip(axes.flat, routers.items(), strict=False):
+        weights = inventory.route(logits)  # [M, W]
+        rows = [
+            weights[[i for i, own in enumerate(layers) if own == number]].mean(0)
+            for number in numbers
+        ]
+        image = axis.imshow(torch.stack(rows), aspect="auto", cmap="viridis")
+        axis.set_title(name, size=8)
+        axis.set_yticks(range(0, len(numbers), 3), [str(n) for n in numbers[::3]], size=6)
+        axis.tick_params(labelsize=6)
+    figure.supxlabel("expert")
+    figure.supylabel("layer")
+    if image is not None:
+        figure.colorbar(image, ax=axes, shrink=0.6)
+    _save(figure, path)
+
+
+def expert_similarity(inventory: Inventory, path: Path) -> None:
+    """Cosines between the matrices of the experts, B_e A_e, a mean over modules."""
+    total = None
+    experts = read_experts(inventory)
+    for each in experts:
+        count = each.table_size(each.spec)
+        with torch.no_grad():
+            composed = each.compose(each.operands(torch.float32), torch.eye(count), torch.float32)
+        assert isinstance(composed, LowRank)
+        total = cosines(composed) if total is None else total + cosines(composed)
+    assert total is not None
+    _matrix(total / len(experts), None, "cosine of experts, a mean over modules", path)
+
+
+def cosines(experts: LowRank) -> Tensor:
+    """[E, E], from the sides alone: <A_i^T B_i, A_j^T B_j> = <A_i A_j^T, B_i B_j^T>."""
+    a = torch.einsum("ird,jsd->ijrs", experts.a, experts.a)
+    b = torch.einsum("ird,jsd->ijrs", experts.b, experts.b)
+    inner = (a * b).sum((2, 3))
+    norms = inner.diagonal().clamp_min(1e-12).sqrt()
+    return inner / norms.outer(norms)
+
+
+def task_similarity(inventory: Inventory, path: Path) -> None:
+    """Cosines between tasks' routing weights, less their mean over tasks."""
+    routers = neighbours(inventory)
+    weights = torch.stack([inventory.route(logits).flatten() for logits in routers.values()])
+    centred = torch.nn.functional.normalize(weights - weights.mean(0), dim=-1)
+    _matrix(centred @ centred.T, list(routers), "cosine of tasks' routing", path)
+
+
+def convergence(cells: Mapping[str, Path], path: Path) -> None:
+    """The training loss of several variants, each point a mean of 20 steps."""
+    figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, cell in cells.items():
+        curve = json.loads(cell.read_text())["curve"]
+        axis.plot([20 * (i + 1) for i in range(len(curve))], curve, label=name)
+    axis.set_xlabel("step")
+    axis.set_ylabel("training loss")
+    axis.set_yscale("log")
+    axis.legend(fontsize=7)
+    _save(figure, path)
+
+
+def draw(summary: Mapping[str, Any], out: Path, work: Path, routed: str) -> None:
+    """All plots, into `out`; `routed` is the variant whose routing and experts are looked at."""
+    accuracy_against_parameters(summary, out / "accuracy.png")
+    inventory = read_inventory(work / routed / "inventory.safetensors")
+    routing_heat_map(inventory, out / "routing.png")
+    expert_similarity(inventory, out / "experts.png")
+    task_similarity(inventory, out / "tasks.png")
+    cells = {path.stem: path for path in sorted((out / "train").glob("*.json"))}
+    convergence(cells, out / "convergence.png")
+    trex = {name: path for name, path in cells.items() if name.startswith("trex")}
+    if trex:
+        convergence(trex, out / "intuition.png")
+
+
+def _layer(name: str) -> int:
+    return next(int(part) for part in name.split(".") if part.isdecimal())
+
+
+def _matrix(values: Tensor, names: Sequence[str] | None, title: str, path: Path) -> None:
+    figure, axis = pyplot.subplots(figsize=(7, 6), layout="constrained")
+    image = axis.imshow(values, vmin=-1, vmax=1, cmap="RdBu_r")
+    if names is not None:
+        axis.set_xticks(range(len(names)), names, rotation=90, size=7)
+        axis.set_yticks(range(len(names)), names, size=7)
+    axis.set_title(title, size=9)
+    figure.colorbar(image)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
