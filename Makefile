@@ -45,7 +45,7 @@ bench-vllm: $(BIN)/.vllm
 
 # Every method trained, compared and adapted to new tasks; hours, and resumes where it stopped.
 study: $(BIN)/.installed
-	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.training.study --data training/rows --out runs/study --work .cache/study $(ARGS)
+	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.training.study --data training/rows --out tests/results/study --work .cache/study $(ARGS)
 
 # Alone on the machine, a quarter of an hour; ends with one line of JSON.
 bench-train: $(BIN)/.installed

@@ -98,6 +98,12 @@ def cell(config: StudyConfig, *names: str) -> Path:
     return path
 
 
+def inventory_of(config: StudyConfig, variant: Variant) -> Path:
+    """Where a variant's trained inventory lies, which adapting it reads. It is made again where the
+    results came from elsewhere without it."""
+    return config.work / variant.name / "inventory.safetensors"
+
+
 def score_base(config: StudyConfig) -> None:
     """The cell `base`: what the model knows without any adapter."""
     path = cell(config, "base")
@@ -136,7 +142,10 @@ def best_rates(config: StudyConfig, variant: Variant) -> LearningRates:
 
 def run_variant(config: StudyConfig, variant: Variant) -> str:
     """Train, score and adapt one variant, as far as that is not done yet; returns its name."""
-    if not cell(config, "train", variant.name).exists():
+    if all(is_adapted(config, variant, mode) for mode in variant.modes):
+        return variant.name
+    trained = (cell(config, "train", variant.name), inventory_of(config, variant))
+    if not all(path.exists() for path in trained):
         train_variant(Bench.open(config), variant)
     for mode in variant.modes:
         adapt_variant(config, variant, mode)
@@ -222,13 +231,20 @@ def score_tasks(
     return scores
 
 
+def is_adapted(config: StudyConfig, variant: Variant, mode: AdaptMode) -> bool:
+    """Whether a variant is adapted to all held_out tasks in a mode."""
+    path = cell(config, "adapt", f"{variant.name}-{mode}")
+    done = json.loads(path.read_text())["held_out"] if path.exists() else {}
+    return all(name in done for name in config.held_out)
+
+
 def adapt_variant(config: StudyConfig, variant: Variant, mode: AdaptMode) -> None:
     """Adapt to every held_out task from a few rows, for each seed; the cell grows task by task."""
+    if is_adapted(config, variant, mode):
+        return
     path = cell(config, "adapt", f"{variant.name}-{mode}")
     done = json.loads(path.read_text()) if path.exists() else {"held_out": {}}
-    if all(name in done["held_out"] for name in config.held_out):
-        return
-    inventory = read_inventory(config.work / variant.name / "inventory.safetensors")
+    inventory = read_inventory(inventory_of(config, variant))
     bench = Bench.open(config)
     adapted = bench.load(inventory)
     trained = [deepcopy(layer.experts.state_dict()) for layer in adapted.layers]

@@ -46,7 +46,8 @@ def play(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, make_router: MakeRoute
     def make(*events: dict[str, Any], router: bytes | None = None, ending: str = "") -> None:
         (tmp_path / "router").write_bytes(make_router(1) if router is None else router)
         script = (
-            "import json, sys, time, shutil\n"
+            "import json, os, sys, time, shutil\n"
+            f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
             "job = json.loads(sys.stdin.read())\n"
             f"open({str(tmp_path / 'job.json')!r}, 'w').write(json.dumps(job))\n"
             f"shutil.copy({str(tmp_path / 'router')!r}, job['out'])\n"
@@ -128,13 +129,15 @@ def test_router_that_does_not_fit_is_refused(served: Served, play: Play) -> None
     assert events_of(fit(served))[-1]["error"]["code"] == "invalid_router"
 
 
-def test_one_task_is_fitted_at_a_time_and_ends_with_its_client(served: Served, play: Play) -> None:
+def test_one_task_is_fitted_at_a_time_and_ends_with_its_client(
+    served: Served, play: Play, tmp_path: Path
+) -> None:
     play({"event": "started"}, ending="time.sleep(600)")
     with served.client.stream("POST", "/v1/tasks/fitted/fit", json=BODY) as response:
         lines = response.iter_lines()
         assert "started" in next(lines)
         assert fit(served, "another").status_code == 429
-        (worker,) = psutil.Process().children(recursive=True)
+        worker = psutil.Process(int((tmp_path / "pid").read_text()))
     for _ in range(200):
         if not worker.is_running():
             break
