@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from polyrex.adapters.inventory import Inventory
+from polyrex.adapters.registry import TaskVersion
 from polyrex.server.bench import random_task
 from polyrex.server.config import VllmConfig
 
@@ -101,23 +103,29 @@ class Plain:
 
 
 class Polyrex:
-    """polyrex on vLLM."""
+    """polyrex on vLLM; `version` makes a numbered task's version, by default a random one."""
 
-    def __init__(self, engine: VllmEngine, inventory: Inventory) -> None:
+    def __init__(self, engine: VllmEngine, version: Callable[[int], TaskVersion]) -> None:
         self._engine = engine
-        self._inventory = inventory
+        self._version = version
 
     @classmethod
-    async def start(cls, model: str, eager: bool, inventory: Inventory) -> Polyrex:
+    async def start(
+        cls,
+        model: str,
+        eager: bool,
+        inventory: Inventory,
+        version: Callable[[int], TaskVersion] | None = None,
+    ) -> Polyrex:
         config = replace(SIZES, eager=eager)
         engine = VllmEngine(model, inventory, config, "bfloat16")
         await engine.start()
-        return cls(engine, inventory)
+        return cls(engine, version or partial(random_task, inventory))
 
     async def answer(
         self, prompt: list[int], new: int, task: int | None
     ) -> AsyncGenerator[int, None]:
-        version = None if task is None else random_task(self._inventory, task)
+        version = None if task is None else self._version(task)
         sampling = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
         request = GenerationRequest("bench", tuple(prompt), sampling, version)
         async with aclosing(self._engine.generate(request)) as chunks:
