@@ -49,22 +49,7 @@ study: $(BIN)/.installed
 	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.training.study --data training/rows --out tests/results/study --work .cache/study $(ARGS)
 
 # Alone on the machine, a quarter of an hour; ends with one line of JSON.
-bench-# What a fit's few steps give up against adapting at full length; a quarter of an hour.
-fit-gain: $(BIN)/.installed
-	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.training.fit_gain --data training/rows --inventory adapters/shipped/smollm2-135m-instruct/inventory.safetensors --task plural --task epistemic --task wic_wn --out tests/results/fit_gain.json $(ARGS)
-
-# Requests routed by their own prompts, beside requests of a task. Ends with one line of JSON.
-bench-intuition: $(BIN)/.installed
-	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.server.intuition_bench --out tests/results/intuition.json $(ARGS)
-
-# 120 LoRAs trained, compressed, and served beside the originals; half an hour. Ends with one line
-# of JSON.
-bench-compress: $(BIN)/.vllm
-	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.training.many_loras --data training/rows --out .cache/loras --work .cache/study
-	@$(BIN)/polyrex compress .cache/loras --rank 64 --out .cache/compressed
-	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.server.engines.vllm_bench_compressed --loras .cache/loras --compressed .cache/compressed --out tests/results/compress.json $(ARGS)
-
-train: $(BIN)/.installed
+bench-train: $(BIN)/.installed
 	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.training.bench --data training/rows --out tests/results/bench_train.json $(ARGS)
 
 # Alone on the machine: running streams beside a fit. Ends with one line of JSON.

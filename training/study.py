@@ -37,6 +37,7 @@ from .model import MultiTaskModel
 from .multi_task import write_results
 from .optimiser import Groups, LearningRates
 from .study_bench import Bench
+from .study_claims import claims_table, judge
 from .study_plan import RATES, VARIANTS, StudyConfig, Variant
 from .study_plots import draw
 from .study_report import ablation_table, main_table, summarise
@@ -307,10 +308,12 @@ def main() -> None:
     if not options.report:
         run_study(config)
     base = load_base(resolve_base(config.base), torch.float32)
-    summary = summarise(replace(config, variants=VARIANTS), base)
+    config = replace(config, variants=VARIANTS)
+    summary = summarise(config, base)
+    summary["claims"] = judge(config, summary)
     write_record(options.out.with_name("study.json"), summary)
     draw(summary, config.out, config.work, "tensorpoly-1-e8-n2")
-    tables = [main_table(summary), ablation_table(summary)]
+    tables = [main_table(summary), ablation_table(summary), claims_table(summary["claims"])]
     (config.out / "tables.md").write_text("\n\n".join(tables) + "\n")
     print("\n\n".join(tables))
 

@@ -117,6 +117,8 @@ def summarise(config: StudyConfig, base: Any) -> dict[str, Any]:
         for mode, held_out in modes.items():
             mean = mean_of_medians(held_out)
             adapted = {
+                "variant": variant.name,
+                "mode": mode,
                 "held_out_mean": round(mean.value, 4),
                 "standard_error": round(mean.error, 4),
                 "adaptation_params": adapted_parameters(counts, mode),
@@ -124,7 +126,7 @@ def summarise(config: StudyConfig, base: Any) -> dict[str, Any]:
             }
             ablations[f"{variant.name}-{mode}"] = adapted
             if mode == main:
-                entry |= adapted | {"mode": mode}
+                entry |= adapted
         methods[variant.name] = entry
     base_scores = _read(config.out / "base.json")
     return {

@@ -14,7 +14,9 @@ from polyrex.adapters.base_model import load_base
 from polyrex.adapters.composed import LowRank
 from polyrex.adapters.parameter_counts import count_parameters
 from polyrex.adapters.spec import AdapterSpec
+from polyrex.training import study
 from polyrex.training.study import entry
+from polyrex.training.study_claims import claims_table, judge
 from polyrex.training.study_plan import StudyConfig, Variant
 from polyrex.training.study_plots import cosines
 from polyrex.training.study_report import (
@@ -95,6 +97,46 @@ def test_summary_counts_and_scores_what_is_finished(tiny_base: Path, tmp_path: P
     assert "| poly | " in main_table(found)
     assert "| poly-routing | " in ablation_table(found)
     assert "50.0 ± 5.0 |" in ablation_table(found)
+
+
+TREX = AdapterSpec("trex", rank=2, granularity="model")
+FEW, MANY = [False] * 60 + [True] * 40, ALL
+
+
+@pytest.mark.parametrize(
+    ("trex", "lora", "rank", "verdict"),
+    [
+        (MANY, FEW, 64, "yes"),
+        (FEW, MANY, 64, "no"),
+        (HALF, HALF[::-1], 64, "within two standard errors of the goal"),
+        (MANY, FEW, 1, "no: too many parameters"),
+    ],
+    ids=["yes", "no", "unsure", "parameters"],
+)
+def test_claims_are_judged_by_paired_differences(
+    tiny_base: Path, tmp_path: Path, trex: list[bool], lora: list[bool], rank: int, verdict: str
+) -> None:
+    variants = (
+        Variant("lora", "lora", AdapterSpec("lora", rank=rank), ("modules",)),
+        Variant("trex-mix-intuition", "trex", TREX, ("routing",), routes_tasks=False),
+    )
+    config = StudyConfig(
+        tmp_path, tmp_path, tmp_path, targets=".*_proj", variants=variants, held_out=("new",)
+    )
+    for variant, right in zip(variants, (lora, trex), strict=True):
+        scores = {"old": entry(right), "new": entry(HALF)}
+        trained = study.cell(config, "train", variant.name)
+        trained.write_text(json.dumps({"scores": scores, "valid_loss": 1.0}))
+        adapted = study.cell(config, "adapt", f"{variant.name}-{variant.modes[0]}")
+        adapted.write_text(json.dumps({"held_out": {"new": {"0": entry(right)}}}))
+    found = judge(config, summarise(config, load_base(str(tiny_base), torch.float32)))
+    assert [each["rows"] for each in found] == ["adapted", "held_in", "zero_shot"]
+    best, held_in, zero_shot = found
+    assert best["first"] == "trex-mix-intuition-routing"
+    assert held_in["points"] == best["points"] == pytest.approx(sum(trex) - sum(lora))
+    assert held_in["verdict"] == verdict
+    assert zero_shot["points"] == 0
+    assert f"| {held_in['points']:+.1f} ± " in claims_table(found)
 
 
 def test_cosines_of_experts_are_those_of_their_matrices() -> None:
