@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,7 @@ from polyrex.adapters.router_file import RouterMetadata, read_router, write_rout
 
 from .batches import Example, encode_rows
 from .data import Row, load_tasks
+from .frozen import upper_alone
 from .loop import LoopConfig, StepRecord, current_commit, run, write_record
 from .model import MultiTaskModel
 from .multi_task import example_prompt, use_eager_attention
@@ -133,13 +135,18 @@ def fit(
     *,
     mode: AdaptMode = "routing",
     starts: Mapping[str, Tensor] | None = None,
+    above: int = 0,
     progress: Callable[[StepRecord], None] | None = None,
 ) -> tuple[str, Tensor, list[float]]:
     """Fit one router to rows: (where it started, logits [groups, R], the losses).
 
     Routing starts from the router among `starts` under which the rows cost least, or from uniform
     weights where those cost less still. `pad` is the token that fills up batches; `progress` is
-    told of every step. Raises SpecError where the method has nothing to fit in that mode.
+    told of every step. With `above`, the routing of the first so many decoder layers stays where it
+    started, so that what they make of the rows is computed once.
+
+    Raises SpecError where the method has nothing to fit in that mode, or where what is fitted
+    reaches below `above`.
     """
     model = MultiTaskModel(adapted, 1, seed=loop.seed)
     groups = model.parameter_groups()
@@ -148,11 +155,15 @@ def fit(
     chosen: Groups = {key: groups[key] for key in groups if key in _TRAINED[mode]}
     if not any(chosen.values()):
         raise SpecError(f"{adapted.spec.method} has no {mode} to adapt; use mode modules")
+    if above and (mode != "routing" or adapted.spec.granularity == "model"):
+        raise SpecError(f"{mode} by {adapted.spec.granularity} is fitted on all layers, or on none")
     for key, members in groups.items():
         for _, parameter in members:
             parameter.requires_grad_(key in chosen)
     name = _choose_start(model, examples, pad, dict(starts or {}))
-    curve = run(model, chosen, examples, loop, pad=pad, title="adapting", progress=progress)
+    start = model.logits[0].detach().clone()
+    with upper_alone(adapted, above, examples, start) if above else nullcontext(examples) as rows:
+        curve = run(model, chosen, rows, loop, pad=pad, title="adapting", progress=progress)
     return name, model.logits[0].detach().clone(), [record.loss for record in curve]
 
 

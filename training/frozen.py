@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,18 @@ from rich.progress import track
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from polyrex.adapters.attach import AdaptedModel
 from polyrex.adapters.base_model import identify
 from polyrex.adapters.files import write_atomic
 
 from .batches import Example, by_length
+from .evaluate import routed
 from .questions import Question, model_inputs
+
+
+def question_of(example: Example) -> Question:
+    """An example as a question with one option, its answer."""
+    return Question(example.prompt, (example.answer,))
 
 
 class LowerLayers:
@@ -46,14 +53,14 @@ class LowerLayers:
 
     def of_examples(self, name: str, examples: Sequence[Example]) -> list[Example]:
         """The examples with their hidden states."""
-        questions = [Question(example.prompt, (example.answer,)) for example in examples]
-        found = self._hidden(name, questions)
+        found = self._hidden(name, [question_of(example) for example in examples])
         return [replace(e, hidden=hidden) for e, hidden in zip(examples, found, strict=True)]
 
     def _hidden(self, name: str, questions: Sequence[Question]) -> Sequence[Tensor]:
         path = self._folder / f"{name}-{self._key(questions)}.safetensors"
         if not path.exists():
-            write_atomic(path, save({"hidden": torch.cat(self._compute(name, questions))}))
+            made = hidden_below(self._base, self._layers, questions, title=name)
+            write_atomic(path, save({"hidden": torch.cat(made)}))
         # The file is mapped into memory, and shared with whoever else reads it.
         return torch.split(load_file(path)["hidden"], [len(question) for question in questions])
 
@@ -67,29 +74,36 @@ class LowerLayers:
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
-    @torch.inference_mode()
-    def _compute(self, name: str, questions: Sequence[Question]) -> list[Tensor]:
-        base: Any = self._base
-        assert len(base.base_model.layers) == base.config.num_hidden_layers, "it was cut"
-        caught: list[Tensor] = []
 
-        def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
-            caught.append(args[0])
-            raise _Reached
+@torch.no_grad()
+def hidden_below(
+    base: nn.Module, layers: int, questions: Sequence[Question], *, title: str | None = None
+) -> list[Tensor]:
+    """What the first `layers` decoder layers make of each question, [T, d], under the routing set.
 
-        found = [torch.empty(0)] * len(questions)
-        batches = list(by_length([len(q) for q in questions], batch_tokens=4096))
-        handle = base.base_model.layers[self._layers].register_forward_pre_hook(stop)
-        try:
-            for indices in track(batches, description=f"lower layers: {name}"):
-                batch = [questions[i] for i in indices]
-                with suppress(_Reached):
-                    base.base_model(**model_inputs(batch, base.dtype))
-                for index, hidden in zip(indices, caught.pop(), strict=True):
-                    found[index] = hidden[: len(questions[index])].clone()
-        finally:
-            handle.remove()
-        return found
+    With a title, a bar on the terminal shows how far it is.
+    """
+    model: Any = base
+    assert len(model.base_model.layers) == model.config.num_hidden_layers, "it was cut"
+    caught: list[Tensor] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
+        caught.append(args[0])
+        raise _Reached
+
+    found = [torch.empty(0)] * len(questions)
+    batches = list(by_length([len(q) for q in questions], batch_tokens=4096))
+    handle = model.base_model.layers[layers].register_forward_pre_hook(stop)
+    try:
+        for indices in track(batches, f"lower layers: {title}", disable=title is None):
+            batch = [questions[i] for i in indices]
+            with suppress(_Reached):
+                model.base_model(**model_inputs(batch, model.dtype))
+            for index, hidden in zip(indices, caught.pop(), strict=True):
+                found[index] = hidden[: len(questions[index])].clone()
+    finally:
+        handle.remove()
+    return found
 
 
 class _Reached(Exception):
@@ -103,3 +117,23 @@ def cut(base: nn.Module, layers: int) -> None:
     """
     model: Any = base.base_model
     model.layers = model.layers[layers:]
+
+
+@contextmanager
+def upper_alone(
+    adapted: AdaptedModel, layers: int, examples: Sequence[Example], logits: Tensor
+) -> Iterator[list[Example]]:
+    """Within it the model begins above its first `layers` decoder layers, and the examples bring
+    what those make of them, adapted by a router's logits [groups, R].
+
+    What is trained then must not change them: the routing of modules above alone.
+    """
+    base: Any = adapted.model
+    whole = base.base_model.layers
+    with routed(adapted, logits):
+        found = hidden_below(base, layers, [question_of(example) for example in examples])
+    cut(base, layers)
+    try:
+        yield [replace(e, hidden=hidden) for e, hidden in zip(examples, found, strict=True)]
+    finally:
+        base.base_model.layers = whole

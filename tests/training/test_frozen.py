@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,18 @@ from transformers import PreTrainedTokenizerBase
 
 from polyrex.adapters.attach import attach, find_targets
 from polyrex.adapters.base_model import load_base
-from polyrex.adapters.spec import AdapterSpec
+from polyrex.adapters.errors import SpecError
+from polyrex.adapters.spec import AdapterSpec, Granularity
+from polyrex.training import frozen
+from polyrex.training.adapt import ADAPTATION, AdaptMode, fit
 from polyrex.training.batches import Example, collate, encode_rows
 from polyrex.training.data import load_tasks
 from polyrex.training.evaluate import option_scores
-from polyrex.training.frozen import LowerLayers, cut
+from polyrex.training.frozen import LowerLayers, cut, upper_alone
 from polyrex.training.model import MultiTaskModel
 from polyrex.training.questions import Question
 
+ALL = r".*_proj"
 UPPER = r"model\.layers\.1\..*_proj"
 SPEC = AdapterSpec("poly", rank=3, experts=4)
 
@@ -28,9 +33,9 @@ def examples(tokenizer: PreTrainedTokenizerBase, rows_folder: Path) -> list[Exam
     return encode_rows(tokenizer, task.instruction, task.rows["train"])
 
 
-def upper_model(base: Path) -> MultiTaskModel:
+def upper_model(base: Path, targets: str = UPPER, spec: AdapterSpec = SPEC) -> MultiTaskModel:
     model = load_base(str(base), torch.float32)
-    adapted = attach(model, SPEC, find_targets(model, UPPER))
+    adapted = attach(model, spec, find_targets(model, targets))
     with torch.no_grad():
         for layer in adapted.layers:
             layer.experts.get_parameter("lora_b").normal_(
@@ -80,7 +85,7 @@ def test_hidden_states_are_computed_once(
 ) -> None:
     base = load_base(str(tiny_base), torch.float32)
     first = LowerLayers(base, 1, tmp_path).of_examples("shout", examples)
-    monkeypatch.setattr(LowerLayers, "_compute", None)
+    monkeypatch.setattr(frozen, "hidden_below", None)
     again = LowerLayers(base, 1, tmp_path).of_examples("shout", examples)
     for one, other in zip(first, again, strict=True):
         assert one.hidden is not None
@@ -88,3 +93,46 @@ def test_hidden_states_are_computed_once(
         assert torch.equal(one.hidden, other.hidden)
     with pytest.raises(TypeError):  # other texts are computed
         LowerLayers(base, 1, tmp_path).of_examples("shout", examples[1:])
+
+
+def test_model_above_adapted_layers_has_the_loss_and_the_gradients_of_the_whole(
+    tiny_base: Path, examples: list[Example]
+) -> None:
+    """And is whole again behind. The wrong case: layers below that another router adapts."""
+    model = upper_model(tiny_base, ALL)
+    expected = model.loss(collate(examples, 0))
+    expected.backward()  # type: ignore[no-untyped-call]
+    whole, model.logits.grad = model.logits.grad, None
+    assert whole is not None
+    above = torch.tensor([".1." in target.name for target in model.adapted.targets])
+    with upper_alone(model.adapted, 1, examples, model.logits[0].detach()) as known:
+        found = model.loss(collate(known, 0))
+        found.backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(found, expected)
+    assert model.logits.grad is not None
+    torch.testing.assert_close(model.logits.grad[:, above], whole[:, above])
+    assert not model.logits.grad[:, ~above].any()
+    torch.testing.assert_close(model.loss(collate(examples, 0)), expected)
+    other = torch.randn(model.logits[0].shape, generator=torch.Generator().manual_seed(0))
+    with upper_alone(model.adapted, 1, examples, 9 * other) as wrong:
+        assert abs(model.loss(collate(wrong, 0)) - expected) > 1e-4
+
+
+def test_fit_above_leaves_the_routing_below(tiny_base: Path, examples: list[Example]) -> None:
+    adapted = upper_model(tiny_base, ALL).adapted
+    start = MultiTaskModel(adapted, 1, seed=ADAPTATION.seed).logits[0].detach()
+    loop = replace(ADAPTATION, steps=3, batch_rows=4, warmup=1)
+    _, logits, _ = fit(adapted, examples, 0, loop, above=1)
+    moved = (logits != start).any(1).tolist()
+    assert moved == [".1." in target.name for target in adapted.targets]
+
+
+@pytest.mark.parametrize(
+    ("mode", "granularity"), [("both", "module"), ("routing", "model")], ids=["both", "model"]
+)
+def test_fit_above_refuses_what_reaches_below(
+    tiny_base: Path, examples: list[Example], mode: AdaptMode, granularity: Granularity
+) -> None:
+    model = upper_model(tiny_base, ALL, replace(SPEC, granularity=granularity))
+    with pytest.raises(SpecError, match=f"{mode} by {granularity} is fitted on all layers"):
+        fit(model.adapted, examples, 0, ADAPTATION, mode=mode, above=1)
