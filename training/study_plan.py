@@ -76,7 +76,16 @@ _BY_TOKEN = tuple(
     LearningRates(experts=rate, token_routers=rate) for rate in (3e-4, 1e-3, 3e-3, 1e-2)
 )
 _LOW_RANK = tuple(LearningRates(experts=rate) for rate in (2e-3, 6e-3, 2e-2, 6e-2))
-_LEAVES = ((1e-2, 1e-3), (3e-2, 1e-3), (3e-2, 3e-3), (3e-2, 1e-2), (1e-1, 1e-2))
+_LEAVES = (
+    (1e-2, 1e-3),
+    (3e-2, 1e-3),
+    (3e-2, 3e-3),
+    (3e-2, 1e-2),
+    (1e-1, 1e-2),
+    (1e-1, 3e-2),
+    (3e-1, 3e-2),
+    (3e-1, 1e-1),
+)
 RATES = {
     "lora": _LOW_RANK,
     "poly": _LOW_RANK,
@@ -88,7 +97,7 @@ RATES = {
 Poly divide by the rank, MoLoRA and T-REX do not."""
 
 SEARCH = LoopConfig(steps=120, sample_routing=False)
-TRAIN = LoopConfig(steps=240, sample_routing=False)
+TRAIN = LoopConfig(steps=320, sample_routing=False)
 ADAPT = replace(ADAPTATION, steps=20, batch_rows=8)
 
 HELD_OUT = ("epistemic", "social_iqa", "winowhy", "wic_wn", "plural")
