@@ -63,9 +63,9 @@ def train(
     expert_rate: Annotated[
         float | None, typer.Option(help="Learning rate of the experts.", show_default="by method")
     ] = None,
-    gate_rate: Annotated[float, typer.Option(help="Learning rate of scalar gates.")] = (
-        LearningRates.gates
-    ),
+    gate_rate: Annotated[
+        float | None, typer.Option(help="Learning rate of scalar gates.", show_default="by method")
+    ] = None,
     routing_rate: Annotated[float, typer.Option(help="Learning rate of routing logits.")] = (
         LearningRates.routing
     ),
@@ -80,14 +80,12 @@ def train(
         if experts is None:
             experts = 8 if "experts" in method_class(method).uses else AdapterSpec.experts
         spec = AdapterSpec(method, rank, experts, order, splits, **fields)
+        rates = rates_of(method)
+        given = {"experts": expert_rate, "gates": gate_rate, "routing": routing_rate}
         loop = LoopConfig(
             steps=steps,
             batch_rows=batch_rows,
-            rates=LearningRates(
-                rates_of(method).experts if expert_rate is None else expert_rate,
-                gate_rate,
-                routing_rate,
-            ),
+            rates=replace(rates, **{name: r for name, r in given.items() if r is not None}),
             sample_routing=sample_routing,
             seed=seed,
             accumulate=accumulate,
