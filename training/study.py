@@ -11,12 +11,14 @@ import argparse
 import json
 import logging
 import math
+import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,15 @@ def _start_worker(config: StudyConfig) -> None:
     disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading weights, each time
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(message)s")
     torch.set_num_threads(max(1, torch.get_num_threads() // config.workers))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker that outlived a killed study would write into the files of the next one."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def cell(config: StudyConfig, *names: str) -> Path:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -141,3 +144,25 @@ def test_score_keeps_one_bit_a_row() -> None:
 
 def test_names_of_variants_are_their_own() -> None:
     assert len({variant.name for variant in VARIANTS}) == len(VARIANTS)
+
+
+def test_workers_end_with_a_study_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing, os, pathlib, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from polyrex.training import study, study_plan\n"
+        "if __name__ == '__main__':\n"
+        "    config = study_plan.StudyConfig(*3 * [pathlib.Path()])\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    pool = ProcessPoolExecutor(1, context, study._start_worker, (config,))\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    pool.submit(time.sleep, 600).result()\n"
+    )
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as main:
+        assert main.stdout is not None
+        worker = psutil.Process(int(main.stdout.readline()))
+        assert worker.is_running()
+        main.kill()
+        worker.wait(60)
+    assert not worker.is_running()
