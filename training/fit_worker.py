@@ -36,9 +36,10 @@ from .multi_task import use_eager_attention
 LOOP = replace(ADAPTATION, steps=24, batch_rows=8, warmup=3)
 """Eight looks at every one of 32 rows that are not held out."""
 
-NICENESS = 5
-"""Serving comes first: of a core that the engine wants too, the worker gets about a quarter. With
-`SCHED_IDLE` a fit beside a busy server would never end."""
+NICENESS = 10
+"""Serving comes first: of a core that the engine wants too, the worker gets about a tenth, beside
+what the engine leaves. At 5, p99 between the tokens of running streams doubled (`make bench-fit`);
+with `SCHED_IDLE` a fit beside a busy server would never end."""
 
 THREADS = max(1, (os.cpu_count() or 1) // 4)
 """Few: threads that wait for each other do not go with engines that take the cores away."""
