@@ -1,8 +1,8 @@
 """The comparison study: every variant trained, scored, and adapted to new tasks, cell by cell.
 
 A cell is one JSON file in the study's folder: `base`, `search/FAMILY`, `train/VARIANT`,
-`adapt/VARIANT-MODE`. A run does what is missing, several variants beside each other, so that it may
-be stopped at any time; training resumes from its checkpoint.
+`search/adapt-FAMILY-MODE`, `adapt/VARIANT-MODE`. A run does what is missing, several variants
+beside each other, so that it may be stopped at any time; training resumes from its checkpoint.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing import get_context, parent_process
@@ -30,19 +29,24 @@ from polyrex.adapters.attach import AdaptedModel
 from polyrex.adapters.base_model import load_base, resolve_base
 from polyrex.adapters.errors import DataError
 from polyrex.adapters.intuition import Intuition
-from polyrex.adapters.inventory import read_inventory
 
-from .adapt import AdaptMode, fit, neighbours
-from .batches import Example
-from .loop import LoopConfig, StepRecord, current_commit, run, write_record
-from .model import MultiTaskModel
+from .adapt import AdaptMode
+from .loop import current_commit, write_record
 from .multi_task import write_results
-from .optimiser import Groups, LearningRates
+from .optimiser import Groups
 from .study_bench import Bench
 from .study_claims import claims_table, judge
-from .study_plan import RATES, VARIANTS, StudyConfig, Variant
+from .study_plan import VARIANTS, StudyConfig, Variant, cell
 from .study_plots import draw
 from .study_report import ablation_table, main_table, summarise
+from .study_search import (
+    Trained,
+    adaptation_rates,
+    best_rates,
+    mean_loss,
+    search_rates,
+    train_adapters,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -103,13 +107,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def cell(config: StudyConfig, *names: str) -> Path:
-    """Where a cell's result lies; its folder is made."""
-    path = config.out.joinpath(*names[:-1], f"{names[-1]}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
 def inventory_of(config: StudyConfig, variant: Variant) -> Path:
     """Where a variant's trained inventory lies, which adapting it reads. It is made again where the
     results came from elsewhere without it."""
@@ -128,30 +125,6 @@ def score_base(config: StudyConfig) -> None:
     write_record(path, {"scores": scores, "commit": current_commit()})
 
 
-def search_rates(config: StudyConfig, variant: Variant) -> None:
-    """Train a variant for a short while at each of its family's rates, until one does worse than
-    the one before; the cell notes the loss on valid rows."""
-    path = cell(config, "search", variant.family)
-    done = json.loads(path.read_text())["tried"] if path.exists() else []
-    for rates in RATES[variant.family][len(done) :]:
-        if len(done) > 1 and done[-1]["valid_loss"] > done[-2]["valid_loss"]:
-            break
-        bench = Bench.open(config)
-        model = bench.fresh(variant)
-        examples = bench.examples("train", model.intuition)
-        loop = replace(config.search, rates=rates)
-        _train(bench, model, variant, examples, loop, None)
-        loss = mean_loss(model, bench.examples("valid", model.intuition))
-        done.append({"rates": asdict(rates), "valid_loss": round(loss, 4)})
-        write_record(path, {"variant": variant.name, "steps": loop.steps, "tried": done})
-
-
-def best_rates(config: StudyConfig, variant: Variant) -> LearningRates:
-    """The rates at which the search of the variant's family ended with the least valid loss."""
-    tried = json.loads(cell(config, "search", variant.family).read_text())["tried"]
-    return LearningRates(**min(tried, key=lambda entry: entry["valid_loss"])["rates"])
-
-
 def run_variant(config: StudyConfig, variant: Variant) -> str:
     """Train, score and adapt one variant, as far as that is not done yet; returns its name."""
     if all(is_adapted(config, variant, mode) for mode in variant.modes):
@@ -162,33 +135,6 @@ def run_variant(config: StudyConfig, variant: Variant) -> str:
     for mode in variant.modes:
         adapt_variant(config, variant, mode)
     return variant.name
-
-
-def _train(
-    bench: Bench,
-    model: MultiTaskModel,
-    variant: Variant,
-    examples: Sequence[Example],
-    loop: LoopConfig,
-    checkpoint: Path | None,
-) -> tuple[Groups, list[StepRecord]]:
-    groups = model.parameter_groups()
-    if not variant.routes_tasks:
-        torch.nn.init.zeros_(model.logits)
-        model.logits.requires_grad_(False)
-        groups["routing"] = []
-    pad, title = bench.tokenizer.eos_token_id, variant.name
-    return groups, run(model, groups, examples, loop, pad=pad, checkpoint=checkpoint, title=title)
-
-
-@torch.no_grad()
-def mean_loss(model: MultiTaskModel, examples: Sequence[Example], batch_rows: int = 32) -> float:
-    """The mean loss of rows, in batches of alike lengths."""
-    ordered = sorted(examples, key=len)
-    batches = [ordered[i : i + batch_rows] for i in range(0, len(ordered), batch_rows)]
-    total = sum(model.loss(model.collate(batch, 0)).item() * len(batch) for batch in batches)
-    model.release()
-    return total / len(ordered)
 
 
 def train_variant(bench: Bench, variant: Variant) -> None:
@@ -204,7 +150,7 @@ def train_variant(bench: Bench, variant: Variant) -> None:
     examples = bench.examples("train", model.intuition)
     loop = replace(config.train, rates=best_rates(config, variant))
     checkpoint = folder / "checkpoint.safetensors"
-    groups, curve = _train(bench, model, variant, examples, loop, checkpoint)
+    groups, curve = train_adapters(bench, model, variant, examples, loop, checkpoint)
     if model.intuition is not None:
         own = [bench.mean_intuition(model.intuition, task, None) for task in bench.held_in]
         model.logits.data.copy_(torch.stack(own))
@@ -256,30 +202,20 @@ def adapt_variant(config: StudyConfig, variant: Variant, mode: AdaptMode) -> Non
         return
     path = cell(config, "adapt", f"{variant.name}-{mode}")
     done = json.loads(path.read_text()) if path.exists() else {"held_out": {}}
-    inventory = read_inventory(inventory_of(config, variant))
     bench = Bench.open(config)
-    adapted = bench.load(inventory)
-    trained = [deepcopy(layer.experts.state_dict()) for layer in adapted.layers]
-    known = neighbours(inventory) if mode in ("routing", "both") else {}
-    rates = replace(best_rates(config, variant), routing=config.adapt.rates.routing)
-    pad = bench.tokenizer.eos_token_id
+    trained = Trained.load(bench, inventory_of(config, variant))
+    rates = adaptation_rates(trained, variant, mode)
     for task in bench.held_out:
         if task.name in done["held_out"]:
             continue
         questions, seeds = bench.questions(task), {}
         for seed in config.seeds:
-            for layer, state in zip(adapted.layers, trained, strict=True):
-                layer.experts.load_state_dict(state)
-            loop = replace(config.adapt, seed=seed, rates=rates)
-            starts = dict(known)
-            if inventory.intuition is not None:
-                starts["own"] = bench.mean_intuition(inventory.intuition, task, seed)
-            examples = bench.few_shot(task, seed)
-            start, logits, losses = fit(adapted, examples, pad, loop, mode=mode, starts=starts)
-            found = entry(bench.right(adapted, task, questions, logits))
+            start, logits, losses = trained.adapt(task, seed, mode, rates)
+            found = entry(bench.right(trained.adapted, task, questions, logits))
             seeds[str(seed)] = {"start": start, "loss": smoothed(losses, 5), **found}
             logger.info("%s: %s seed %d %.3f", path.stem, task.name, seed, found["score"])
         done["held_out"][task.name] = seeds
+        loop = replace(config.adapt, rates=rates)
         done |= {"mode": mode, "rows": config.rows, "loop": asdict(loop)}
         write_record(path, done | {"commit": current_commit()})
 

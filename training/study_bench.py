@@ -29,7 +29,8 @@ from .questions import Question
 from .study_plan import StudyConfig, Variant
 
 VALID_ROWS = 20
-"""Rows of each task's valid split that the search for learning rates looks at."""
+"""Rows of each task's valid split that the search for learning rates looks at; twice as many where
+it looks at one task at a time."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Bench:
             self.questions(task)
             self._embedded(task, "test", self._test_rows(task))
         for task in self.held_out:
+            self.valid(task)
             for seed in self.config.seeds:
                 self.few_shot(task, seed)
 
@@ -114,6 +116,12 @@ class Bench:
         rows = few_shot_rows(task.rows["train"], self.config.rows, seed)
         encoded = encode_rows(self.tokenizer, task.instruction, rows)
         return self.lower.of_examples(f"{task.name}-{len(rows)}", encoded)
+
+    def valid(self, task: Task) -> list[Example]:
+        """Rows of a new task that adapting to it does not see."""
+        rows = task.rows["valid"][: 2 * VALID_ROWS]
+        encoded = encode_rows(self.tokenizer, task.instruction, rows)
+        return self.lower.of_examples(f"{task.name}-valid", encoded)
 
     def mean_intuition(self, intuition: Intuition, task: Task, seed: int | None) -> Tensor:
         """A task's router [1, K]: the mean intuition of its train rows, or of those of a seed."""

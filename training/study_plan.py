@@ -63,9 +63,9 @@ VARIANTS = (
     _leaves("2", experts=8),
     Variant("trex-diagonal", "trex", AdapterSpec("trex", rank=7, form="diagonal"), _TOKENS, False),
     Variant("trex-mix-intuition", "trex", _trex(rank=4, rank_out=3), ("routing",), False),
-    Variant("trex-diagonal-intuition", "trex", _trex(rank=7, form="diagonal"), ("routing",), False),
     Variant("tlora", "leaves", AdapterSpec("tlora"), ("modules",)),
     Variant("sira", "molora", AdapterSpec("sira", rank=4, experts=8), _TOKENS),
+    Variant("trex-diagonal-intuition", "trex", _trex(rank=7, form="diagonal"), ("routing",), False),
     _leaves("1-e20-n2", experts=20),
     _leaves("1-e8-n4", experts=8, order=4),
     _leaves("1-e20-n4", experts=20, order=4),
@@ -96,6 +96,11 @@ RATES = {
 """What the search tries, by family, one after the other for as long as it gets better. LoRA and
 Poly divide by the rank, MoLoRA and T-REX do not."""
 
+ADAPT_ROUTING = (0.1, 0.5, 2.0, 8.0)
+ADAPT_SCALES = (0.3, 1.0, 3.0)
+"""What the search for the rates of adaptation tries in the same way: of routing, and what the rates
+of training are multiplied by where modules or the routers of tokens are adapted."""
+
 SEARCH = LoopConfig(steps=120, sample_routing=False)
 TRAIN = LoopConfig(steps=320, sample_routing=False)
 ADAPT = replace(ADAPTATION, steps=20, batch_rows=8)
@@ -103,6 +108,10 @@ ADAPT = replace(ADAPTATION, steps=20, batch_rows=8)
 HELD_OUT = ("epistemic", "social_iqa", "winowhy", "wic_wn", "plural")
 """Of each kind that T0 holds out (inference, completion, coreference, word sense) the task with the
 most rows, of those that may be passed on; and one whose answers are no options, but words."""
+
+
+SEARCHED = ("plural", "epistemic")
+"""The held_out tasks whose valid rows the search for the rates of adaptation looks at."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,7 @@ class StudyConfig:
     dtype: str = "bfloat16"
     variants: Sequence[Variant] = VARIANTS
     held_out: tuple[str, ...] = HELD_OUT
+    searched: tuple[str, ...] = SEARCHED
     rows: int = 32
     test_rows: int = 160
     """At most, of each task's test split: the first ones."""
@@ -126,3 +136,10 @@ class StudyConfig:
     train: LoopConfig = TRAIN
     adapt: LoopConfig = ADAPT
     workers: int = 2
+
+
+def cell(config: StudyConfig, *names: str) -> Path:
+    """Where a cell's result lies; its folder is made."""
+    path = config.out.joinpath(*names[:-1], f"{names[-1]}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path

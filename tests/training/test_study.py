@@ -20,7 +20,8 @@ from polyrex.adapters.spec import AdapterSpec
 from polyrex.training import study
 from polyrex.training.loop import LoopConfig
 from polyrex.training.study_bench import Bench
-from polyrex.training.study_plan import VARIANTS, StudyConfig, Variant
+from polyrex.training.study_plan import VARIANTS, StudyConfig, Variant, cell
+from polyrex.training.study_search import best_rates, search_rates
 
 UPPER = r"model\.layers\.1\..*_proj"
 LOOP = LoopConfig(steps=4, batch_rows=4, warmup=1, sample_routing=False, checkpoint_every=2)
@@ -49,6 +50,7 @@ def config(
         dtype="float32",
         variants=SMALL,
         held_out=("other_colour",),
+        searched=("other_colour",),
         rows=4,
         seeds=(0, 1),
         search=LOOP,
@@ -58,13 +60,13 @@ def config(
     )
     Bench.open(config).fill_caches()
     for variant in SMALL:
-        study.search_rates(config, variant)
+        search_rates(config, variant)
         study.run_variant(config, variant)
     return config
 
 
 def found(config: StudyConfig, *names: str) -> dict[str, object]:
-    values: dict[str, object] = json.loads(study.cell(config, *names).read_text())
+    values: dict[str, object] = json.loads(cell(config, *names).read_text())
     return values
 
 
@@ -98,7 +100,7 @@ def test_killed_run_ends_with_the_same_cells(
     variant = SMALL[1]
     again = replace(config, out=tmp_path / "out", work=tmp_path / "work")
     Bench.open(again).fill_caches()
-    study.cell(again, "search", "poly").write_text(study.cell(config, "search", "poly").read_text())
+    cell(again, "search", "poly").write_text(cell(config, "search", "poly").read_text())
 
     class Killed(Exception):
         pass
@@ -134,7 +136,7 @@ def test_search_ends_once_a_rate_does_worse(config: StudyConfig) -> None:
     assert isinstance(tried, list)
     losses = [entry["valid_loss"] for entry in tried]
     assert losses[:-1] == sorted(losses[:-1], reverse=True)
-    best = study.best_rates(config, SMALL[0])
+    best = best_rates(config, SMALL[0])
     assert best.experts == tried[losses.index(min(losses))]["rates"]["experts"]
 
 

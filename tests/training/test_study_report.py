@@ -14,10 +14,9 @@ from polyrex.adapters.base_model import load_base
 from polyrex.adapters.composed import LowRank
 from polyrex.adapters.parameter_counts import count_parameters
 from polyrex.adapters.spec import AdapterSpec
-from polyrex.training import study
 from polyrex.training.study import entry
 from polyrex.training.study_claims import claims_table, judge
-from polyrex.training.study_plan import StudyConfig, Variant
+from polyrex.training.study_plan import StudyConfig, Variant, cell
 from polyrex.training.study_plots import cosines
 from polyrex.training.study_report import (
     ablation_table,
@@ -69,15 +68,13 @@ def test_summary_counts_and_scores_what_is_finished(tiny_base: Path, tmp_path: P
     config = StudyConfig(
         tmp_path, tmp_path, tmp_path, targets=".*_proj", variants=variants, held_out=("new",)
     )
-    (tmp_path / "train").mkdir()
-    (tmp_path / "adapt").mkdir()
     scores = {"old": entry(HALF), "other": entry(ALL), "new": entry(NONE)}
     train = {"scores": scores, "valid_loss": 1.0}
-    (tmp_path / "train" / "poly.json").write_text(json.dumps(train))
-    (tmp_path / "base.json").write_text(json.dumps({"scores": scores}))
+    cell(config, "train", "poly").write_text(json.dumps(train))
+    cell(config, "base").write_text(json.dumps({"scores": scores}))
     for mode, rows in (("routing", HALF), ("both", ALL)):
-        cell = {"held_out": {"new": {"0": entry(rows)}}}
-        (tmp_path / "adapt" / f"poly-{mode}.json").write_text(json.dumps(cell))
+        adapted = {"held_out": {"new": {"0": entry(rows)}}}
+        cell(config, "adapt", f"poly-{mode}").write_text(json.dumps(adapted))
     base = load_base(str(tiny_base), torch.float32)
     found = summarise(config, base)
     counts = count_parameters(POLY, find_targets(base), tasks=2)
@@ -125,9 +122,9 @@ def test_claims_are_judged_by_paired_differences(
     )
     for variant, right in zip(variants, (lora, trex), strict=True):
         scores = {"old": entry(right), "new": entry(HALF)}
-        trained = study.cell(config, "train", variant.name)
+        trained = cell(config, "train", variant.name)
         trained.write_text(json.dumps({"scores": scores, "valid_loss": 1.0}))
-        adapted = study.cell(config, "adapt", f"{variant.name}-{variant.modes[0]}")
+        adapted = cell(config, "adapt", f"{variant.name}-{variant.modes[0]}")
         adapted.write_text(json.dumps({"held_out": {"new": {"0": entry(right)}}}))
     found = judge(config, summarise(config, load_base(str(tiny_base), torch.float32)))
     assert [each["rows"] for each in found] == ["adapted", "held_in", "zero_shot"]
