@@ -97,7 +97,7 @@ RATES = {
 Poly divide by the rank, MoLoRA and T-REX do not."""
 
 ADAPT_ROUTING = (0.1, 0.5, 2.0, 8.0)
-ADAPT_SCALES = (0.3, 1.0, 3.0)
+ADAPT_SCALES = (0.1, 0.3, 1.0, 3.0)
 """What the search for the rates of adaptation tries in the same way: of routing, and what the rates
 of training are multiplied by where modules or the routers of tokens are adapted."""
 
