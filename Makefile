@@ -58,7 +58,7 @@ bench-fit: $(BIN)/.installed
 
 # What a fit's few steps give up against adapting at full length; a quarter of an hour.
 fit-gain: $(BIN)/.installed
-	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.training.fit_gain --data training/rows --inventory adapters/shipped/smollm2-135m-instruct/inventory.safetensors --task plural --task epistemic --task wic_wn --out tests/results/fit_gain.json $(ARGS)
+	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.training.fit_gain --data training/rows --inventory adapters/shipped/smollm2-135m-instruct/inventory.safetensors --out tests/results/fit_gain.json $(ARGS)
 
 # Requests routed by their own prompts, beside requests of a task. Ends with one line of JSON.
 bench-intuition: $(BIN)/.installed

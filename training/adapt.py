@@ -39,7 +39,7 @@ _TRAINED: dict[AdaptMode, frozenset[str]] = {
 }
 """The groups of `MultiTaskModel.parameter_groups` that a mode trains."""
 
-ADAPTATION = LoopConfig(steps=60, sample_routing=False, warmup=5, rates=LearningRates(routing=0.1))
+ADAPTATION = LoopConfig(steps=60, sample_routing=False, warmup=5, rates=LearningRates(routing=0.5))
 """How a new task is fitted. Without routing noise: 32 rows are noise enough."""
 
 

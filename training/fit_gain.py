@@ -32,6 +32,7 @@ from .fit_worker import FitJob, run_job
 from .loop import current_commit, write_record
 
 ROWS = 32
+TASKS = ("plural", "epistemic", "wic_wn")
 Scored = dict[str, float]
 
 
@@ -116,11 +117,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with manifest.json")
     parser.add_argument("--inventory", type=Path, required=True, help="its routers lie beside it")
-    parser.add_argument("--task", action="append", required=True, help="repeat it for more")
+    parser.add_argument("--task", action="append", help=f"instead of {', '.join(TASKS)}")
     parser.add_argument("--test-rows", type=int, default=200, help="at most, of each task")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the result")
     options = parser.parse_args()
-    result = measure(options.data, options.inventory, options.task, options.test_rows)
+    result = measure(options.data, options.inventory, options.task or TASKS, options.test_rows)
     write_record(options.out, result)
     print(json.dumps(result))
 

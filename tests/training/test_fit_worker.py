@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from polyrex.adapters.attach import attach, find_targets
+from polyrex.adapters.base_model import load_base
 from polyrex.adapters.errors import DataError
 from polyrex.adapters.inventory import Inventory, read_inventory
 from polyrex.adapters.router_file import read_router
-from polyrex.training.fit_worker import FEWEST_ROWS, LOOP, FitJob, task_of
+from polyrex.adapters.spec import AdapterSpec, Granularity
+from polyrex.training import fit_worker
+from polyrex.training.batches import Example
+from polyrex.training.fit_worker import FEWEST_ROWS, LOOP, FitJob, lower_layers, task_of
 
 COLOURS = ["red", "blue", "green"]
 ROWS = [{"input": f"thing {n}", "answer": COLOURS[n % 3], "options": COLOURS} for n in range(12)]
@@ -76,6 +82,30 @@ def test_worker_that_cannot_fit_says_why(
     assert events[-1]["event"] == "failed"
     assert "at least 8 rows are needed, got 5" in events[-1]["message"]
     assert not (tmp_path / "router.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("length", "budget", "granularity", "lower"),
+    [(10, 1e12, "module", 0), (10, 1.0, "module", 1), (10, 1.0, "model", 0)],
+    ids=["affordable", "too much", "one router"],
+)
+def test_layers_are_fitted_as_far_down_as_the_budget_goes(
+    tiny_base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    length: int,
+    budget: float,
+    granularity: Granularity,
+    lower: int,
+) -> None:
+    """Of the tiny model's two layers."""
+    monkeypatch.setattr(fit_worker, "BUDGET", budget)
+    model = load_base(str(tiny_base), torch.float32)
+    spec = AdapterSpec("poly", rank=2, experts=2, granularity=granularity)
+    examples = [Example(0, (1,) * length, (2,))]
+    assert lower_layers(attach(model, spec, find_targets(model)), examples) == lower
+    below = load_base(str(tiny_base), torch.float32)
+    adapted = attach(below, spec, find_targets(below, r".*layers\.0\..*_proj"))
+    assert lower_layers(adapted, examples) == 0
 
 
 def test_every_fourth_row_is_held_out() -> None:
