@@ -22,7 +22,7 @@ from polyrex.adapters.registry import TaskInfo, TaskVersion
 from polyrex.adapters.router_file import read_router
 from polyrex.server.bench import machine
 
-from .vllm_bench import started
+from .vllm_bench import Starter, started
 from .vllm_bench_engines import IN_FLIGHT, Plain, Polyrex
 from .vllm_bench_meter import DECODE, Meter, Turn
 
@@ -53,7 +53,7 @@ async def measure(loras: Path, compressed: Path, rounds: int) -> dict[str, Any]:
     model, meter = resolve_base(DEFAULT_BASE), Meter()
     with tempfile.TemporaryDirectory() as folder:
         originals = linked(loras, names, Path(folder))
-        engines = {
+        engines: dict[str, Starter] = {
             BASE: partial(Plain.start, model, True),
             THEIRS: partial(Plain.start, model, True, originals),
             OURS: partial(Polyrex.start, model, True, inventory, version),
