@@ -34,7 +34,8 @@ def accuracy_against_parameters(summary: Mapping[str, Any], path: Path) -> None:
     for axis, points, what in ((axes[0], left, "trained"), (axes[1], right, "adapted")):
         for name, parameters, value, error in points:
             axis.errorbar(parameters, 100 * value, yerr=100 * error, fmt="o", ms=4, lw=1)
-            axis.annotate(name, (parameters, 100 * value), (4, 4), None, "offset points", size=7)
+            point = (parameters, 100 * value)
+            axis.annotate(name, point, (4, 4), textcoords="offset points", size=7)
         axis.set_xscale("log")
         axis.set_xlabel(f"{what} parameters")
     axes[0].set_ylabel("held_in accuracy, %")
