@@ -75,7 +75,8 @@ async def stream_events(
 class EventStream(Response):
     """Server-sent events, ended by `[DONE]`, or by an error event where the answer failed.
 
-    An error before the first event is an ordinary error response. `held` is released at the end.
+    An error before the first event is an ordinary error response. `held` is released when all is
+    done but saying so.
     """
 
     media_type = "text/event-stream"
@@ -111,6 +112,7 @@ class EventStream(Response):
                 if not isinstance(error, PolyrexError):
                     logger.exception("a stream failed")
                 last = bytes(error_response(error).body).decode()
+        self._held.close()  # whoever has read the end may ask again at once
         await _send_event(send, last)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

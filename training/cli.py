@@ -24,7 +24,7 @@ from .data import Split
 from .loop import LoopConfig
 from .multi_task import TrainConfig
 from .multi_task import train as run_training
-from .optimiser import LearningRates, rates_of
+from .optimiser import rates_of
 from .report import evaluate_tasks, summary, table
 
 Data = Annotated[Path, typer.Option(help="Folder with manifest.json and tasks/NAME.jsonl.")]
@@ -66,9 +66,10 @@ def train(
     gate_rate: Annotated[
         float | None, typer.Option(help="Learning rate of scalar gates.", show_default="by method")
     ] = None,
-    routing_rate: Annotated[float, typer.Option(help="Learning rate of routing logits.")] = (
-        LearningRates.routing
-    ),
+    routing_rate: Annotated[
+        float | None,
+        typer.Option(help="Learning rate of routing logits.", show_default="by method"),
+    ] = None,
     sample_routing: Annotated[
         bool, typer.Option(help="Draw routing weights from a relaxed Bernoulli while training.")
     ] = LoopConfig.sample_routing,

@@ -35,7 +35,7 @@ _RATES = {
     "sira": LearningRates(experts=1e-2, token_routers=1e-2),
     "trex": LearningRates(experts=3e-3, token_routers=3e-3),
 }
-_LEAVES = LearningRates(experts=0.3, gates=0.03)
+_LEAVES = LearningRates(experts=0.3, gates=0.03, routing=0.8)
 
 
 def rates_of(method: str) -> LearningRates:

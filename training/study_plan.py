@@ -96,6 +96,9 @@ RATES = {
 """What the search tries, by family, one after the other for as long as it gets better. LoRA and
 Poly divide by the rank, MoLoRA and T-REX do not."""
 
+TRAIN_ROUTING = (0.2, 0.8, 3.0)
+"""Rates of tasks' routing that are tried after that, where it is trained."""
+
 ADAPT_ROUTING = (0.1, 0.5, 2.0, 8.0)
 ADAPT_SCALES = (0.1, 0.3, 1.0, 3.0)
 """What the search for the rates of adaptation tries in the same way: of routing, and what the rates

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from polyrex.adapters.attach import AdaptedModel
 from polyrex.adapters.inventory import Inventory, read_inventory
+from polyrex.adapters.methods import method_class
 
 from .adapt import AdaptMode, fit, neighbours
 from .batches import Example
@@ -25,7 +26,15 @@ from .loop import LoopConfig, StepRecord, run, write_record
 from .model import MultiTaskModel
 from .optimiser import Groups, LearningRates
 from .study_bench import Bench
-from .study_plan import ADAPT_ROUTING, ADAPT_SCALES, RATES, StudyConfig, Variant, cell
+from .study_plan import (
+    ADAPT_ROUTING,
+    ADAPT_SCALES,
+    RATES,
+    TRAIN_ROUTING,
+    StudyConfig,
+    Variant,
+    cell,
+)
 
 
 @dataclass(frozen=True)
@@ -54,13 +63,19 @@ class Search:
             write_record(self.path, about | {"tried": self.done})
 
     @property
+    def best_entry(self) -> dict[str, Any]:
+        """What was noted of the least valid loss."""
+        return min(self.done, key=lambda entry: float(entry["valid_loss"]))
+
+    @property
     def best(self) -> LearningRates:
         """The rates of the least valid loss."""
-        return LearningRates(**min(self.done, key=lambda entry: entry["valid_loss"])["rates"])
+        return LearningRates(**self.best_entry["rates"])
 
 
 def search_rates(config: StudyConfig, variant: Variant) -> None:
-    """Train a variant for a short while at each of its family's rates."""
+    """Train a variant for a short while at each of its family's rates; where tasks are routed, then
+    at other rates of routing."""
 
     def cost(rates: LearningRates) -> float:
         bench = Bench.open(config)
@@ -69,13 +84,25 @@ def search_rates(config: StudyConfig, variant: Variant) -> None:
         train_adapters(bench, model, variant, examples, replace(config.search, rates=rates), None)
         return mean_loss(model, bench.examples("valid", model.intuition))
 
+    about = {"variant": variant.name, "steps": config.search.steps}
     found = Search.open(cell(config, "search", variant.family))
-    found.run(RATES[variant.family], cost, variant=variant.name, steps=config.search.steps)
+    found.run(RATES[variant.family], cost, **about)
+    if variant.routes_tasks and method_class(variant.spec.method).routing_size(variant.spec):
+        routing = Search.open(_routing_cell(config, variant))
+        if not routing.done:
+            routing.done.append(found.best_entry)
+        rates = [replace(found.best, routing=rate) for rate in TRAIN_ROUTING]
+        routing.run([found.best, *rates], cost, **about)
+
+
+def _routing_cell(config: StudyConfig, variant: Variant) -> Path:
+    return cell(config, "search", f"{variant.family}-routing")
 
 
 def best_rates(config: StudyConfig, variant: Variant) -> LearningRates:
     """The rates of training that the search of the variant's family ended with."""
-    return Search.open(cell(config, "search", variant.family)).best
+    routing = Search.open(_routing_cell(config, variant))
+    return (routing if routing.done else Search.open(cell(config, "search", variant.family))).best
 
 
 def train_adapters(
