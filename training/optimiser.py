@@ -29,8 +29,8 @@ class LearningRates:
 
 _RATES = {
     "lora": LearningRates(experts=2e-2),
-    "poly": LearningRates(experts=2e-2),
-    "mhr": LearningRates(experts=2e-2),
+    "poly": LearningRates(experts=2e-2, routing=0.8),
+    "mhr": LearningRates(experts=2e-2, routing=0.8),
     "molora": LearningRates(experts=1e-2, token_routers=1e-2),
     "sira": LearningRates(experts=1e-2, token_routers=1e-2),
     "trex": LearningRates(experts=3e-3, token_routers=3e-3),

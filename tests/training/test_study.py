@@ -100,7 +100,8 @@ def test_killed_run_ends_with_the_same_cells(
     variant = SMALL[1]
     again = replace(config, out=tmp_path / "out", work=tmp_path / "work")
     Bench.open(again).fill_caches()
-    cell(again, "search", "poly").write_text(cell(config, "search", "poly").read_text())
+    for name in ("poly", "poly-routing"):
+        cell(again, "search", name).write_text(cell(config, "search", name).read_text())
 
     class Killed(Exception):
         pass
