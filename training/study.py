@@ -132,6 +132,9 @@ def run_variant(config: StudyConfig, variant: Variant) -> str:
     trained = (cell(config, "train", variant.name), inventory_of(config, variant))
     if not all(path.exists() for path in trained):
         train_variant(Bench.open(config), variant)
+        for mode in variant.modes:  # a cell is of one inventory
+            if not is_adapted(config, variant, mode):
+                cell(config, "adapt", f"{variant.name}-{mode}").unlink(missing_ok=True)
     for mode in variant.modes:
         adapt_variant(config, variant, mode)
     return variant.name

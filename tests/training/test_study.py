@@ -122,6 +122,18 @@ def test_killed_run_ends_with_the_same_cells(
         assert first == second
 
 
+def test_a_lost_inventory_takes_what_was_begun_with_it(config: StudyConfig, tmp_path: Path) -> None:
+    variant = SMALL[0]
+    again = replace(config, out=tmp_path / "out", work=tmp_path / "work")
+    Bench.open(again).fill_caches()
+    for names in (("search", "lora"), ("train", "lora"), ("search", "adapt-lora-modules")):
+        cell(again, *names).write_text(cell(config, *names).read_text())
+    begun: dict[str, dict[str, object]] = {"held_out": {"of another inventory": {}}}
+    cell(again, "adapt", "lora-modules").write_text(json.dumps(begun))
+    study.run_variant(again, variant)
+    assert list(found(again, "adapt", "lora-modules")["held_out"]) == ["other_colour"]  # type: ignore[call-overload]
+
+
 def test_cells_of_another_study_are_not_gone_on_with(config: StudyConfig, tmp_path: Path) -> None:
     mine = replace(config, out=tmp_path)
     bench = Bench.open(mine)
