@@ -31,12 +31,23 @@ from polyrex.adapters.errors import DataError
 from polyrex.adapters.intuition import Intuition
 
 from .adapt import AdaptMode
-from .loop import current_commit, write_record
+from .loop import LoopConfig, current_commit, write_record
+from .model import MultiTaskModel
 from .multi_task import write_results
 from .optimiser import Groups
+from .router_watch import RouterWatch
 from .study_bench import Bench
 from .study_claims import claims_table, judge
-from .study_plan import VARIANTS, StudyConfig, Variant, cell
+from .study_plan import (
+    ADAPT_ROUTING,
+    ADAPT_SCALES,
+    RATES,
+    TRAIN_ROUTING,
+    VARIANTS,
+    StudyConfig,
+    Variant,
+    cell,
+)
 from .study_plots import draw
 from .study_report import ablation_table, main_table, summarise
 from .study_search import (
@@ -79,7 +90,13 @@ def check_plan(config: StudyConfig, bench: Bench) -> None:
         "rows": config.rows,
         "test_rows": config.test_rows,
         "seeds": list(config.seeds),
-        "loops": {name: asdict(getattr(config, name)) for name in ("search", "train", "adapt")},
+        "loops": {name: _loop(getattr(config, name)) for name in ("search", "train", "adapt")},
+        "rates": {
+            **{family: [asdict(rates) for rates in tried] for family, tried in RATES.items()},
+            "routing": list(TRAIN_ROUTING),
+            "adapt-routing": list(ADAPT_ROUTING),
+            "adapt-scales": list(ADAPT_SCALES),
+        },
     }
     path = cell(config, "plan")
     found = json.loads(path.read_text()) if path.exists() else plan
@@ -90,6 +107,11 @@ def check_plan(config: StudyConfig, bench: Bench) -> None:
             "give another folder"
         )
     write_record(path, plan)
+
+
+def _loop(loop: LoopConfig) -> dict[str, Any]:
+    """What counts of a loop's configuration: its rates are the search's."""
+    return {key: value for key, value in asdict(loop).items() if key != "rates"}
 
 
 def _start_worker(config: StudyConfig) -> None:
@@ -153,7 +175,8 @@ def train_variant(bench: Bench, variant: Variant) -> None:
     examples = bench.examples("train", model.intuition)
     loop = replace(config.train, rates=best_rates(config, variant))
     checkpoint = folder / "checkpoint.safetensors"
-    groups, curve = train_adapters(bench, model, variant, examples, loop, checkpoint)
+    watch = watch_routers(bench, model, folder / "routers.safetensors")
+    groups, curve = train_adapters(bench, model, variant, examples, loop, checkpoint, watch)
     if model.intuition is not None:
         own = [bench.mean_intuition(model.intuition, task, None) for task in bench.held_in]
         model.logits.data.copy_(torch.stack(own))
@@ -167,11 +190,22 @@ def train_variant(bench: Bench, variant: Variant) -> None:
         "parameters": counts(groups),
         "valid_loss": round(mean_loss(model, bench.examples("valid", model.intuition)), 4),
         "curve": smoothed([record.loss for record in curve]),
+        "token_routers": watch and watch.curve(),
         "tokens_per_second": round(sum(r.tokens_per_second for r in curve) / len(curve)),
         "scores": score_tasks(bench, model.adapted, logits, model.intuition),
         "commit": current_commit(),
     }
     write_record(cell(config, "train", variant.name), record)
+
+
+def watch_routers(bench: Bench, model: MultiTaskModel, path: Path) -> RouterWatch | None:
+    """Watch the token routers, where there are any, on the first valid row of each task."""
+    if not model.adapted.layers[0].experts.routes_by_token:
+        return None
+    rows = bench.examples("valid", model.intuition)
+    first = {example.task: example for example in reversed(rows)}
+    probe = model.collate(list(first.values()), bench.tokenizer.eos_token_id)
+    return RouterWatch(model, probe, path)
 
 
 def score_tasks(

@@ -100,7 +100,7 @@ TRAIN_ROUTING = (0.2, 0.8, 3.0)
 """Rates of tasks' routing that are tried after that, where it is trained."""
 
 ADAPT_ROUTING = (0.1, 0.5, 2.0, 8.0)
-ADAPT_SCALES = (0.1, 0.3, 1.0, 3.0)
+ADAPT_SCALES = (0.1, 0.3, 1.0, 3.0, 10.0)
 """What the search for the rates of adaptation tries in the same way: of routing, and what the rates
 of training are multiplied by where modules or the routers of tokens are adapted."""
 

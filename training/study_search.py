@@ -112,15 +112,25 @@ def train_adapters(
     examples: Sequence[Example],
     loop: LoopConfig,
     checkpoint: Path | None,
+    progress: Callable[[StepRecord], None] | None = None,
 ) -> tuple[Groups, list[StepRecord]]:
-    """Train a variant; what the optimiser held, and the curve."""
+    """Train a variant; what the optimiser held, and the curve. `progress` as in `run`."""
     groups = model.parameter_groups()
     if not variant.routes_tasks:
         torch.nn.init.zeros_(model.logits)
         model.logits.requires_grad_(False)
         groups["routing"] = []
-    pad, title = bench.tokenizer.eos_token_id, variant.name
-    return groups, run(model, groups, examples, loop, pad=pad, checkpoint=checkpoint, title=title)
+    pad = bench.tokenizer.eos_token_id
+    return groups, run(
+        model,
+        groups,
+        examples,
+        loop,
+        pad=pad,
+        checkpoint=checkpoint,
+        title=variant.name,
+        progress=progress,
+    )
 
 
 @torch.no_grad()

@@ -18,10 +18,11 @@ from polyrex.adapters.errors import DataError
 from polyrex.adapters.parameter_counts import count_parameters
 from polyrex.adapters.spec import AdapterSpec
 from polyrex.training import study
-from polyrex.training.loop import LoopConfig
+from polyrex.training.loop import LoopConfig, StepRecord
+from polyrex.training.router_watch import RouterWatch
 from polyrex.training.study_bench import Bench
 from polyrex.training.study_plan import VARIANTS, StudyConfig, Variant, cell
-from polyrex.training.study_search import best_rates, search_rates
+from polyrex.training.study_search import best_rates, search_rates, train_adapters
 
 UPPER = r"model\.layers\.1\..*_proj"
 LOOP = LoopConfig(steps=4, batch_rows=4, warmup=1, sample_routing=False, checkpoint_every=2)
@@ -132,6 +133,38 @@ def test_a_lost_inventory_takes_what_was_begun_with_it(config: StudyConfig, tmp_
     cell(again, "adapt", "lora-modules").write_text(json.dumps(begun))
     study.run_variant(again, variant)
     assert list(found(again, "adapt", "lora-modules")["held_out"]) == ["other_colour"]  # type: ignore[call-overload]
+
+
+def test_token_routers_are_watched_through_an_interruption(
+    config: StudyConfig, tmp_path: Path
+) -> None:
+    variant = SMALL[2]
+
+    class Killed(Exception):
+        pass
+
+    def watched(name: str, killed_at: int | None = None) -> dict[str, list[float]]:
+        bench = Bench.open(config)
+        model = bench.fresh(variant)
+        rows = bench.examples("train")
+        probe = model.collate(rows[:2], 0)
+        watch = RouterWatch(model, probe, tmp_path / f"{name}.routers", every=1)
+
+        def progress(record: StepRecord) -> None:
+            watch(record)
+            if record.step == killed_at:
+                raise Killed
+
+        train_adapters(bench, model, variant, rows, LOOP, tmp_path / name, progress)
+        return watch.curve()
+
+    with pytest.raises(Killed):
+        watched("halves", killed_at=2)
+    whole = watched("whole")
+    assert watched("halves") == whole
+    assert whole["steps"] == [0, 1, 2, 3, 4]
+    assert whole["distance"][-1] == 0 < whole["distance"][0]
+    assert all(0 < each <= 1 for each in whole["entropy"])
 
 
 def test_cells_of_another_study_are_not_gone_on_with(config: StudyConfig, tmp_path: Path) -> None:
