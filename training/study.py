@@ -49,7 +49,7 @@ from .study_plan import (
     cell,
 )
 from .study_plots import draw
-from .study_report import ablation_table, main_table, summarise
+from .study_report import ablation_table, constant_answers, main_table, summarise
 from .study_search import (
     Trained,
     adaptation_rates,
@@ -295,6 +295,7 @@ def main() -> None:
     config = replace(config, variants=VARIANTS)
     summary = summarise(config, base)
     summary["claims"] = judge(config, summary)
+    summary["constant"] = constant_answers(config)
     write_record(options.out.with_name("study.json"), summary)
     draw(summary, config.out, config.work, "tensorpoly-1-e8-n2")
     tables = [main_table(summary), ablation_table(summary), claims_table(summary["claims"])]

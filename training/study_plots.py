@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib import pyplot
+from matplotlib.lines import Line2D
 from torch import Tensor
 
 from polyrex.adapters.composed import LowRank
@@ -20,27 +21,37 @@ from .adapt import neighbours
 matplotlib.use("agg")
 
 
+MARKS = {"routing": "o", "token-routers": "D", "modules": "s", "both": "^"}
+
+
 def accuracy_against_parameters(summary: Mapping[str, Any], path: Path) -> None:
     """Two panels: held_in against what training learns, held_out against what adapting learns."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    left = [
-        (name, m["multi_task_params"], m["held_in_mean"], m["held_in_standard_error"])
-        for name, m in summary["methods"].items()
-    ]
-    right = [
-        (name, m["adaptation_params"], m["held_out_mean"], m["standard_error"])
-        for name, m in summary["ablations"].items()
-    ]
-    for axis, points, what in ((axes[0], left, "trained"), (axes[1], right, "adapted")):
-        for name, parameters, value, error in points:
-            axis.errorbar(parameters, 100 * value, yerr=100 * error, fmt="o", ms=4, lw=1)
-            point = (parameters, 100 * value)
-            axis.annotate(name, point, (4, 4), textcoords="offset points", size=7)
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+    colours = dict(zip(summary["methods"], pyplot.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
+    for name, entry in summary["methods"].items():
+        value, error = entry["held_in_mean"], entry["held_in_standard_error"]
+        _point(axes[0], entry["multi_task_params"], value, error, colours[name], "o")
+    for entry in summary["ablations"].values():
+        value, error, mark = entry["held_out_mean"], entry["standard_error"], MARKS[entry["mode"]]
+        _point(axes[1], entry["adaptation_params"], value, error, colours[entry["variant"]], mark)
+    for axis in axes:
         axis.set_xscale("log")
-        axis.set_xlabel(f"{what} parameters")
+        axis.grid(alpha=0.3)
+    axes[0].set_xlabel("parameters trained on all held_in tasks")
+    axes[1].set_xlabel("parameters adapted per task")
     axes[0].set_ylabel("held_in accuracy, %")
     axes[1].set_ylabel("held_out accuracy, %, 32 rows a task")
+    names = [Line2D([], [], color=c, marker="o", ls="", label=name) for name, c in colours.items()]
+    figure.legend(handles=names, loc="outside right upper", fontsize=8)
+    modes = [
+        Line2D([], [], color="grey", marker=mark, ls="", label=mode) for mode, mark in MARKS.items()
+    ]
+    figure.legend(handles=modes, loc="outside right lower", fontsize=8, title="adapted, right")
     _save(figure, path)
+
+
+def _point(axis: Any, x: float, value: float, error: float, colour: Any, mark: str) -> None:
+    axis.errorbar(x, 100 * value, yerr=100 * error, fmt=mark, ms=6, lw=1, color=colour)
 
 
 def routing_heat_map(inventory: Inventory, path: Path) -> None:
@@ -100,17 +111,38 @@ def task_similarity(inventory: Inventory, path: Path) -> None:
     _matrix(centred @ centred.T, list(routers), "cosine of tasks' routing", path)
 
 
-def convergence(cells: Mapping[str, Path], path: Path) -> None:
+def convergence(cells: Mapping[str, Any], path: Path) -> None:
     """The training loss of several variants, each point a mean of 20 steps."""
     figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for name, cell in cells.items():
-        curve = json.loads(cell.read_text())["curve"]
-        axis.plot([20 * (i + 1) for i in range(len(curve))], curve, label=name)
+        _loss(axis, name, cell)
+    axis.legend(fontsize=7)
+    _save(figure, path)
+
+
+def router_convergence(cells: Mapping[str, Any], path: Path) -> None:
+    """Of variants whose tokens choose: the loss, how far the routers' weights are from those that
+    they end with, and how even they are."""
+    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4.5), layout="constrained")
+    for name, cell in cells.items():
+        _loss(axes[0], name, cell)
+        routers = cell["token_routers"]
+        axes[1].plot(routers["steps"], routers["distance"], label=name)
+        axes[2].plot(routers["steps"], routers["entropy"], label=name)
+    axes[1].set_ylabel("distance of token routers' weights from the last ones")
+    axes[2].set_ylabel("entropy of token routers' weights, 1 is even")
+    for axis in axes:
+        axis.set_xlabel("step")
+    axes[0].legend(fontsize=8)
+    _save(figure, path)
+
+
+def _loss(axis: Any, name: str, cell: Mapping[str, Any]) -> None:
+    curve = cell["curve"]
+    axis.plot([20 * (i + 1) for i in range(len(curve))], curve, label=name)
     axis.set_xlabel("step")
     axis.set_ylabel("training loss")
     axis.set_yscale("log")
-    axis.legend(fontsize=7)
-    _save(figure, path)
 
 
 def draw(summary: Mapping[str, Any], out: Path, work: Path, routed: str) -> None:
@@ -120,11 +152,14 @@ def draw(summary: Mapping[str, Any], out: Path, work: Path, routed: str) -> None
     routing_heat_map(inventory, out / "routing.png")
     expert_similarity(inventory, out / "experts.png")
     task_similarity(inventory, out / "tasks.png")
-    cells = {path.stem: path for path in sorted((out / "train").glob("*.json"))}
+    cells = {
+        name: json.loads((out / "train" / f"{name}.json").read_text())
+        for name in summary["methods"]
+    }
     convergence(cells, out / "convergence.png")
-    trex = {name: path for name, path in cells.items() if name.startswith("trex")}
-    if trex:
-        convergence(trex, out / "intuition.png")
+    watched = {name: each for name, each in cells.items() if each.get("token_routers")}
+    if watched:
+        router_convergence(watched, out / "intuition.png")
 
 
 def _layer(name: str) -> int:

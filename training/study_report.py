@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from polyrex.adapters.attach import find_targets
 from polyrex.adapters.parameter_counts import ParameterCounts, abbreviate, count_parameters
 
 from .adapt import AdaptMode
+from .data import Task, load_tasks
 from .study_plan import StudyConfig, Variant
 
 MODES: tuple[AdaptMode, ...] = ("both", "routing", "modules", "token-routers")
@@ -84,6 +86,19 @@ def bits(entry: Mapping[str, Any]) -> list[int]:
     """Which rows came out right, first row first."""
     value = int(entry["right"], 16)
     return [value >> i & 1 for i in range(entry["rows"])]
+
+
+def constant_scores(tasks: Sequence[Task], rows: int) -> dict[str, float]:
+    """By task, what the first `rows` test rows give to an answer that does not look at them: the
+    most frequent one of the training rows, or a guess among each row's options."""
+    found = {}
+    for task in tasks:
+        test = task.rows["test"][:rows]
+        usual = Counter(row.answer for row in task.rows["train"]).most_common(1)[0][0]
+        frequent = statistics.mean(row.answer == usual for row in test)
+        guessed = statistics.mean(1 / len(row.options) if row.options else 0 for row in test)
+        found[task.name] = round(max(frequent, guessed), 4)
+    return found
 
 
 def adapted_parameters(counts: ParameterCounts, mode: AdaptMode) -> int:
@@ -154,6 +169,17 @@ def _trained(
     }
 
 
+def constant_answers(config: StudyConfig) -> dict[str, Any]:
+    """`constant_scores` of the study's tasks, and their means."""
+    held_in = constant_scores(load_tasks(config.data, role="held_in"), config.test_rows)
+    held_out = constant_scores(load_tasks(config.data, config.held_out), config.test_rows)
+    return {
+        "held_in_mean": round(statistics.mean(held_in.values()), 4),
+        "held_out_mean": round(statistics.mean(held_out.values()), 4),
+        "by_task": held_in | held_out,
+    }
+
+
 def _base(scores: Mapping[str, Any], held_out: Sequence[str]) -> dict[str, float]:
     held_in = [name for name in scores if name not in held_out]
     return {
@@ -168,8 +194,12 @@ def main_table(summary: Mapping[str, Any]) -> str:
         "| method | trained | held_in | held_out, not adapted | adapted | parameters | held_out |",
         "|---|---:|---:|---:|---|---:|---:|",
     ]
-    base = summary["base"]
-    if base:
+    if constant := summary.get("constant"):
+        lines.append(
+            f"| a constant answer | | {_percent(constant['held_in_mean'])} | | | "
+            f"| {_percent(constant['held_out_mean'])} |"
+        )
+    if base := summary["base"]:
         lines.append(
             f"| base model | | {_percent(base['held_in_mean'])} | "
             f"{_percent(base['zero_shot_mean'])} | | | |"

@@ -22,6 +22,8 @@ from polyrex.training.loop import LoopConfig, StepRecord
 from polyrex.training.router_watch import RouterWatch
 from polyrex.training.study_bench import Bench
 from polyrex.training.study_plan import VARIANTS, StudyConfig, Variant, cell
+from polyrex.training.study_plots import draw
+from polyrex.training.study_report import constant_answers, main_table, summarise
 from polyrex.training.study_search import best_rates, search_rates, train_adapters
 
 UPPER = r"model\.layers\.1\..*_proj"
@@ -133,6 +135,16 @@ def test_a_lost_inventory_takes_what_was_begun_with_it(config: StudyConfig, tmp_
     cell(again, "adapt", "lora-modules").write_text(json.dumps(begun))
     study.run_variant(again, variant)
     assert list(found(again, "adapt", "lora-modules")["held_out"]) == ["other_colour"]  # type: ignore[call-overload]
+
+
+def test_report_draws_what_was_found(config: StudyConfig) -> None:
+    summary = summarise(config, load_base(config.base, torch.float32))
+    summary["constant"] = constant_answers(config)
+    draw(summary, config.out, config.work, "poly")
+    drawn = {path.name for path in config.out.glob("*.png")}
+    names = ("accuracy", "routing", "experts", "tasks", "convergence", "intuition")
+    assert drawn == {f"{name}.png" for name in names}
+    assert "a constant answer" in main_table(summary)
 
 
 def test_token_routers_are_watched_through_an_interruption(

@@ -14,6 +14,7 @@ from polyrex.adapters.base_model import load_base
 from polyrex.adapters.composed import LowRank
 from polyrex.adapters.parameter_counts import count_parameters
 from polyrex.adapters.spec import AdapterSpec
+from polyrex.training.data import Row, Split, Task
 from polyrex.training.study import entry
 from polyrex.training.study_claims import claims_table, judge
 from polyrex.training.study_plan import StudyConfig, Variant, cell
@@ -21,6 +22,7 @@ from polyrex.training.study_plots import cosines
 from polyrex.training.study_report import (
     ablation_table,
     bits,
+    constant_scores,
     main_table,
     mean_of,
     mean_of_medians,
@@ -53,6 +55,20 @@ def test_paired_difference_is_surer_than_two_means() -> None:
     assert difference == pytest.approx(0.01)
     assert error == pytest.approx(0.01)
     assert error < mean_of({"a": entry(HALF)}, ["a"]).error
+
+
+def test_constant_answer_is_the_usual_one_or_a_guess() -> None:
+    def row(answer: str, *options: str) -> Row:
+        return Row("", answer, options or None)
+
+    def task(name: str, train: list[Row], test: list[Row]) -> Task:
+        rows: dict[Split, tuple[Row, ...]] = {"train": (*train,), "valid": (), "test": (*test,)}
+        return Task(name, "", "rank_classification_accuracy", "held_in", "", "", rows)
+
+    usual = [row("yes", "yes", "no")] * 3 + [row("no", "yes", "no")]
+    own = [row("red", "red", "blue", "green", "black")]
+    tasks = [task("usual", usual, usual), task("own", usual, own), task("said", own, [row("x")])]
+    assert constant_scores(tasks, 160) == {"usual": 0.75, "own": 0.25, "said": 0}
 
 
 def test_bits_are_the_rows() -> None:
