@@ -49,7 +49,7 @@ from .study_plan import (
     cell,
 )
 from .study_plots import draw
-from .study_report import ablation_table, constant_answers, main_table, summarise
+from .study_report import ablation_table, constant_answers, main_table, summarise, task_table
 from .study_search import (
     Trained,
     adaptation_rates,
@@ -298,9 +298,15 @@ def main() -> None:
     summary["constant"] = constant_answers(config)
     write_record(options.out.with_name("study.json"), summary)
     draw(summary, config.out, config.work, "tensorpoly-1-e8-n2")
-    tables = [main_table(summary), ablation_table(summary), claims_table(summary["claims"])]
-    (config.out / "tables.md").write_text("\n\n".join(tables) + "\n")
-    print("\n\n".join(tables))
+    tables = {
+        "Every method": main_table(summary),
+        "Held_out tasks, adapted from 32 rows": task_table(summary),
+        "Ways of adapting": ablation_table(summary),
+        "Claims": claims_table(summary["claims"]),
+    }
+    text = "\n\n".join(f"## {title}\n\n{table}" for title, table in tables.items())
+    (config.out / "tables.md").write_text(f"{text}\n")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -219,6 +219,24 @@ def main_table(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def task_table(summary: Mapping[str, Any]) -> str:
+    """The median over seeds of each held_out task, in each variant's main mode."""
+    adapted = {n: entry for n, entry in summary["methods"].items() if "mode" in entry}
+    tasks = list(next(iter(adapted.values()), {"by_task": {}})["by_task"])
+    lines = [
+        f"| method | adapted | {' | '.join(tasks)} | mean |",
+        f"|---|---|{'---:|' * (len(tasks) + 1)}",
+    ]
+    if constant := summary.get("constant"):
+        scores = " | ".join(_percent(constant["by_task"][task]) for task in tasks)
+        lines.append(f"| a constant answer | | {scores} | {_percent(constant['held_out_mean'])} |")
+    for name, entry in adapted.items():
+        scores = " | ".join(_percent(entry["by_task"][task]) for task in tasks)
+        mean = _with_error(entry, "held_out_mean", "standard_error")
+        lines.append(f"| {name} | {entry['mode']} | {scores} | {mean} |")
+    return "\n".join(lines)
+
+
 def ablation_table(summary: Mapping[str, Any]) -> str:
     """Every variant in every mode of adaptation."""
     lines = ["| method and mode | adapted parameters | held_out |", "|---|---:|---:|"]

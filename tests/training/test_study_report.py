@@ -28,6 +28,7 @@ from polyrex.training.study_report import (
     mean_of_medians,
     paired,
     summarise,
+    task_table,
 )
 
 HALF, ALL, NONE = [True, False] * 50, [True] * 100, [False] * 100
@@ -110,6 +111,7 @@ def test_summary_counts_and_scores_what_is_finished(tiny_base: Path, tmp_path: P
     assert "| poly | " in main_table(found)
     assert "| poly-routing | " in ablation_table(found)
     assert "50.0 ± 5.0 |" in ablation_table(found)
+    assert "| poly | both | 100.0 | 100.0 ± 0.0 |" in task_table(found)
 
 
 TREX = AdapterSpec("trex", rank=2, granularity="model")
