@@ -50,8 +50,13 @@ def fit(
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        typer.echo(f"polyrex fit: {path}: cannot be read: {error}", err=True)
+        raise typer.Exit(2) from error
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             rows.append({key: row[key] for key in ("input", "answer", "options") if key in row})

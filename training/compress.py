@@ -58,37 +58,64 @@ def compress(
 
     `model` is the base model that they belong to; the bases are attached to it. A task without an
     adapter on some module gets a core of zeros there. Raises DataError where neither or both are
-    given, SpecError where a module is not in the model or of another shape.
+    given, or where no rank reaches `error`; SpecError where a module is not in the model or of
+    another shape. No rank is above the narrowest module's width.
     """
     if (rank is None) == (error is None):
         raise DataError("give a rank, or an error, and not both")
     targets = _targets(loras, model)
+    most = min(min(target.d_in, target.d_out) for target in targets)
     norms = torch.stack([_norm(lora) for lora in loras])
-    if rank is None:
-        rank = _least_rank(loras, targets, norms, float(error or 0))
-    rank = min(rank, *(min(target.d_in, target.d_out) for target in targets))
+    if error is None:
+        rank = min(rank or 0, most)
+        found = _decompose(loras, targets, norms, rank)
+    else:
+        rank = _least_rank(loras, targets, norms, error)
+        found = _decompose(loras, targets, norms, rank)
+        while found.errors.max() > error and rank < most:  # bases better for most, not for all
+            rank += 1
+            found = _decompose(loras, targets, norms, rank)
+        if found.errors.max() > error:
+            raise DataError(
+                f"no rank keeps every task's error below {error}: at {most}, the most that the "
+                f"narrowest module allows, one is {found.errors.max():.4f}"
+            )
     adapted = attach(model, AdapterSpec("trex", rank=rank, form="static"), targets)
-    cores, kept = [], torch.zeros(len(loras), dtype=torch.float64)
-    for layer, (_, sides) in zip(adapted.layers, _modules(loras, targets, "bases"), strict=True):
-        first, second = _bases(sides, norms, rank)
-        core = torch.stack([(first @ a.T) @ (b @ second.T) for a, b in sides])  # [T, I, I]
-        with torch.no_grad():
+    with torch.no_grad():
+        for layer, (first, second) in zip(adapted.layers, found.bases, strict=True):
             layer.experts.get_parameter("lora_a").copy_(first)
             layer.experts.get_parameter("lora_b").copy_(second.T)
-        cores.append(core.flatten(1))
-        kept += core.double().square().sum((1, 2))
-    # The bases are orthonormal: what a core does not hold is the error.
-    errors = (1 - kept / norms.square()).clamp_min(0).sqrt()
-    stacked = torch.stack(cores, 1)
     names = [lora.name for lora in loras]
     return Compressed(
         adapted,
-        dict(zip(names, stacked, strict=True)),
-        dict(zip(names, errors.tolist(), strict=True)),
+        dict(zip(names, found.cores, strict=True)),
+        dict(zip(names, found.errors.tolist(), strict=True)),
     )
 
 
 Side = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class _Decomposition:
+    bases: list[Side]  # of every module, A [I, d_in] and B^T [I, d_out]
+    cores: Tensor  # [T, M, I * I]
+    errors: Tensor  # [T], float64
+
+
+def _decompose(
+    loras: Sequence[PeftLora], targets: Sequence[TargetModule], norms: Tensor, rank: int
+) -> _Decomposition:
+    bases, cores = [], []
+    for _, sides in _modules(loras, targets, "bases"):
+        first, second = _bases(sides, norms, rank)
+        core = torch.stack([(first @ a.T) @ (b @ second.T) for a, b in sides])  # [T, I, I]
+        bases.append((first, second))
+        cores.append(core.flatten(1))
+    stacked = torch.stack(cores, 1)
+    # The bases are orthonormal: what a core does not hold is the error.
+    kept = stacked.double().square().sum((1, 2))
+    return _Decomposition(bases, stacked, (1 - kept / norms.square()).clamp_min(0).sqrt())
 
 
 def _modules(

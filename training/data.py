@@ -80,8 +80,8 @@ def _load_task(folder: Path, entry: dict[str, Any]) -> Task:
     path = folder / "tasks" / f"{entry['task']}.jsonl"
     try:
         lines = path.read_text().splitlines()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
     if entry.get("metric") not in get_args(Metric):
         expected = " or ".join(get_args(Metric))
         raise DataError(f"{entry['task']}: metric {entry.get('metric')!r}, expected {expected}")

@@ -104,6 +104,22 @@ def test_error_target_is_kept(loras: list[PeftLora], tiny_base: Path, error: flo
     assert found.adapted.spec.rank == INNER if error == 0.05 else found.adapted.spec.rank < INNER
 
 
+def test_error_that_no_rank_reaches_is_refused(tiny_base: Path) -> None:
+    """The bases are as wide as the narrowest module: on others, full matrices do not fit."""
+    generator = torch.Generator().manual_seed(0)
+    targets = find_targets(load_base(str(tiny_base), torch.float32))
+
+    def full(width: int) -> torch.Tensor:
+        return torch.randn(1, 64, width, generator=generator)
+
+    many = [
+        PeftLora(f"t{i}", {t.name: LowRank(full(t.d_in), full(t.d_out)) for t in targets})
+        for i in range(3)
+    ]
+    with pytest.raises(DataError, match=r"no rank keeps every task's error below 0\.001: at \d+"):
+        compress(many, load_base(str(tiny_base), torch.float32), error=0.001)
+
+
 def test_rank_or_error_and_not_both(loras: list[PeftLora], tiny_base: Path) -> None:
     model = load_base(str(tiny_base), torch.float32)
     for options in ({}, {"rank": 3, "error": 0.1}):
