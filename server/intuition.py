@@ -24,14 +24,8 @@ class PromptIntuition:
     """Makes a router of every prompt, from its sentence embedding. May be called in any thread."""
 
     def __init__(self, inventory: Inventory, encoder: SentenceEncoder) -> None:
-        """Raises StartError where the inventory has another encoder's centroids."""
+        """`encoder` is the one that the inventory's centroids belong to."""
         assert inventory.intuition is not None
-        expected = inventory.intuition.encoder
-        if encoder.identity != expected.sha256:
-            raise StartError(
-                f"{inventory.path}: its intuition needs the sentence encoder {expected.name} "
-                f"(sha256 {expected.sha256[:12]}), got {encoder.name} ({encoder.identity[:12]})"
-            )
         self._intuition = inventory.intuition
         self._inventory = inventory
         self._encoder = encoder
@@ -56,7 +50,7 @@ def prompt_intuition(inventory: Inventory) -> PromptIntuition | None:
     if inventory.intuition is None:
         return None
     try:
-        encoder = SentenceEncoder(inventory.intuition.encoder.name)
+        encoder = SentenceEncoder.of(inventory.intuition.encoder)
     except PolyrexError as error:
-        raise StartError(str(error)) from error
+        raise StartError(f"{inventory.path}: {error}") from error
     return PromptIntuition(inventory, encoder)

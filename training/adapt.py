@@ -18,9 +18,10 @@ from polyrex.adapters.base_model import DEFAULT_BASE, load_base, load_tokenizer,
 from polyrex.adapters.errors import SpecError
 from polyrex.adapters.inventory import Inventory, load_experts, read_inventory, write_inventory
 from polyrex.adapters.router_file import RouterMetadata, read_router, write_router
+from polyrex.adapters.sentence_encoder import SentenceEncoder
 
 from .batches import Example, by_length, encode_rows
-from .data import Row, load_tasks
+from .data import Row, load_tasks, prompt_of
 from .frozen import upper_alone
 from .loop import LoopConfig, StepRecord, current_commit, run, write_record
 from .model import MultiTaskModel
@@ -72,6 +73,7 @@ def adapt(config: AdaptConfig) -> Path:
     use_eager_attention(base)
     adapted = load_experts(inventory, base)
     rows = few_shot_rows(task.rows["train"], config.rows, config.loop.seed)
+    prompts = [prompt_of(task.instruction, row) for row in rows]
     started = time.time()
     start, logits, losses = fit(
         adapted,
@@ -79,7 +81,7 @@ def adapt(config: AdaptConfig) -> Path:
         tokenizer.eos_token_id,
         config.loop,
         mode=config.mode,
-        starts=neighbours(inventory) if "routing" in _TRAINED[config.mode] else {},
+        starts=starts_of(inventory, prompts) if "routing" in _TRAINED[config.mode] else {},
     )
     config.out.mkdir(parents=True, exist_ok=True)
     sha256 = inventory.sha256
@@ -116,6 +118,19 @@ def few_shot_rows(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     """`count` rows drawn without replacement, or all where there are fewer."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     return [rows[i] for i in order[:count].tolist()]
+
+
+def starts_of(inventory: Inventory, prompts: Sequence[str]) -> Mapping[str, Tensor]:
+    """Where the routing of a new task may start from: its neighbours' and, where the inventory has
+    an intuition, `own`, the mean intuition of its prompts.
+
+    Raises FileError where a router or the sentence encoder cannot be read.
+    """
+    starts = dict(neighbours(inventory))
+    if inventory.intuition is not None:
+        encoder = SentenceEncoder.of(inventory.intuition.encoder)
+        starts["own"] = inventory.intuition.of(encoder.embed(prompts)).mean(0, keepdim=True)
+    return starts
 
 
 def neighbours(inventory: Inventory) -> Mapping[str, Tensor]:

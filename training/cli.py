@@ -16,6 +16,7 @@ from polyrex.adapters.attach import ALL_PROJECTIONS
 from polyrex.adapters.base_model import DEFAULT_BASE
 from polyrex.adapters.errors import PolyrexError
 from polyrex.adapters.methods import METHODS, method_class
+from polyrex.adapters.sentence_encoder import DEFAULT_ENCODER
 from polyrex.adapters.spec import AdapterSpec
 
 from .adapt import ADAPTATION, AdaptConfig, AdaptMode
@@ -54,6 +55,12 @@ def train(
     granularity: Annotated[str, typer.Option(help="module, block or model.")] = (
         AdapterSpec.granularity
     ),
+    intuition: Annotated[
+        int | None, typer.Option(help="Centroids of T-REX's intuition; the paper has 32.")
+    ] = None,
+    encoder: Annotated[
+        str, typer.Option(help="Sentence encoder of the intuition: a folder, or a hub's id.")
+    ] = DEFAULT_ENCODER,
     epochs: Annotated[float, typer.Option(help="Passes over the train rows.")] = 1.0,
     steps: Annotated[int, typer.Option(help="Steps instead of epochs; 0 to count epochs.")] = 0,
     batch_rows: Annotated[int, typer.Option(help="Rows a step.")] = LoopConfig.batch_rows,
@@ -77,7 +84,11 @@ def train(
 ) -> None:
     """Train an inventory and one router a task, on a frozen base model."""
     with clear_errors():
-        fields: dict[str, Any] = {"form": form, "granularity": granularity}  # AdapterSpec checks
+        fields: dict[str, Any] = {  # AdapterSpec checks them
+            "form": form,
+            "granularity": granularity,
+            "intuition": intuition,
+        }
         if experts is None:
             experts = 8 if "experts" in method_class(method).uses else AdapterSpec.experts
         spec = AdapterSpec(method, rank, experts, order, splits, **fields)
@@ -101,6 +112,7 @@ def train(
             role=None if task else role,
             epochs=epochs,
             loop=loop,
+            encoder=encoder,
         )
         typer.echo(f"wrote {run_training(config)}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,8 @@ from polyrex.adapters.intuition import EncoderIdentity, Intuition, gates_of
 from polyrex.adapters.sentence_encoder import SentenceEncoder
 from polyrex.adapters.spec import AdapterSpec
 
-from .batches import by_length
+from .batches import Example, by_length
+from .data import Task, prompt_of
 
 CENTROIDS = 32
 """As in the paper."""
@@ -52,6 +54,35 @@ class Embeddings:
             for indices in track(batches, description=f"embedding: {name}")
         ]
         return torch.cat(parts)[order.argsort()].contiguous()
+
+
+@dataclass(frozen=True)
+class TrainPrompts:
+    """A fresh intuition of tasks that are trained together, and their rows' own, [n, K] each."""
+
+    intuition: Intuition
+    own: list[Tensor]
+
+    @classmethod
+    def of(
+        cls, embeddings: Embeddings, tasks: Sequence[Task], spec: AdapterSpec, *, seed: int
+    ) -> TrainPrompts:
+        """Of the train rows of tasks. Raises DataError where they are fewer than centroids."""
+        embedded = [
+            embeddings.of(task.name, [prompt_of(task.instruction, r) for r in task.rows["train"]])
+            for task in tasks
+        ]
+        intuition = cluster(embeddings.encoder, torch.cat(embedded), spec, seed=seed)
+        return cls(intuition, [intuition.of(each) for each in embedded])
+
+    def given_to(self, examples: Sequence[Example]) -> list[Example]:
+        """The examples of all these rows, in their order, routed one by one."""
+        rows = torch.cat(self.own)
+        return [replace(e, intuition=c) for e, c in zip(examples, rows, strict=True)]
+
+    def means(self) -> Tensor:
+        """The routers [tasks, 1, K] of the tasks."""
+        return torch.stack([rows.mean(0, keepdim=True) for rows in self.own])
 
 
 def cluster(

@@ -26,7 +26,7 @@ from polyrex.adapters.inventory import load_experts, read_inventory
 from polyrex.adapters.routed_linear import RoutedLinear
 from polyrex.adapters.router_file import RouterMetadata, write_router
 
-from .adapt import ADAPTATION, fit, neighbours
+from .adapt import ADAPTATION, fit, starts_of
 from .batches import Example, encode_rows
 from .data import Metric, Row, Task, prompt_of
 from .evaluate import Score, evaluate
@@ -90,7 +90,7 @@ def run_job(job: FitJob, emit: Callable[..., None]) -> None:
         examples,
         tokenizer.eos_token_id,
         LOOP,
-        starts=neighbours(inventory),
+        starts=starts_of(inventory, [prompt_of(task.instruction, row) for row in train]),
         above=lower_layers(adapted, examples),
         progress=progress,
     )

