@@ -46,6 +46,9 @@ def train(
         ALL_PROJECTIONS
     ),
     rank: Annotated[int, typer.Option(help="LoRA rank r; for trex I.")] = AdapterSpec.rank,
+    rank_out: Annotated[
+        int | None, typer.Option(help="For trex J; by default I.", show_default=False)
+    ] = None,
     experts: Annotated[
         int | None, typer.Option(help="Experts E a module.", show_default="8 where there are any")
     ] = None,
@@ -85,6 +88,7 @@ def train(
     """Train an inventory and one router a task, on a frozen base model."""
     with clear_errors():
         fields: dict[str, Any] = {  # AdapterSpec checks them
+            "rank_out": rank_out,
             "form": form,
             "granularity": granularity,
             "intuition": intuition,

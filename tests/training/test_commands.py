@@ -58,7 +58,8 @@ def test_train_with_intuition_routes_tasks_by_their_prompts(
 ) -> None:
     command = (
         *("train", "--data", rows_folder, "--out", tmp_path, "--base", tiny_base),
-        *("--method", "trex", "--rank", 2, "--intuition", 3, "--steps", 4, "--batch-rows", 4),
+        *("--method", "trex", "--rank", 2, "--rank-out", 3, "--intuition", 3),
+        *("--steps", 4, "--batch-rows", 4),
     )
     refused = polyrex(*command)
     assert refused.exit_code == 2
@@ -67,7 +68,7 @@ def test_train_with_intuition_routes_tasks_by_their_prompts(
     assert done.exit_code == 0, done.output
     inventory = read_inventory(tmp_path / "inventory.safetensors")
     assert inventory.intuition is not None
-    assert inventory.intuition.map.abs().sum() > 0
+    assert inventory.intuition.map.shape == (6, 3)  # I * J gates, three centroids
     encoder = SentenceEncoder.of(inventory.intuition.encoder)
     for task in load_tasks(rows_folder, role="held_in"):
         path = tmp_path / "routers" / f"{task.name}.safetensors"
