@@ -35,6 +35,10 @@ Inventory = Annotated[Path, typer.Option(help="An inventory's file; its routers 
 Tasks = Annotated[list[str] | None, typer.Option(help="A task; repeat it for more. All if none.")]
 
 
+def _rate(of: str) -> Any:
+    return typer.Option(help=f"Learning rate of {of}.", show_default="by method")
+
+
 def train(
     data: Data,
     out: Out,
@@ -70,16 +74,9 @@ def train(
     accumulate: Annotated[
         int, typer.Option(help="Parts that a step is computed in, to save memory.", min=1)
     ] = LoopConfig.accumulate,
-    expert_rate: Annotated[
-        float | None, typer.Option(help="Learning rate of the experts.", show_default="by method")
-    ] = None,
-    gate_rate: Annotated[
-        float | None, typer.Option(help="Learning rate of scalar gates.", show_default="by method")
-    ] = None,
-    routing_rate: Annotated[
-        float | None,
-        typer.Option(help="Learning rate of routing logits.", show_default="by method"),
-    ] = None,
+    expert_rate: Annotated[float | None, _rate("the experts")] = None,
+    gate_rate: Annotated[float | None, _rate("scalar gates")] = None,
+    routing_rate: Annotated[float | None, _rate("routing logits")] = None,
     sample_routing: Annotated[
         bool, typer.Option(help="Draw routing weights from a relaxed Bernoulli while training.")
     ] = LoopConfig.sample_routing,
