@@ -47,6 +47,7 @@ from .study_plan import (
     StudyConfig,
     Variant,
     cell,
+    run_name,
 )
 from .study_plots import draw
 from .study_report import ablation_table, constant_answers, main_table, summarise, task_table
@@ -75,6 +76,9 @@ def run_study(config: StudyConfig) -> None:
         scored.result()
         for name in pool.map(partial(run_variant, config), config.variants):
             logger.info("%s: done", name)
+        runs = [(v, seed) for v in config.variants for seed in config.seeds_of(v)]
+        for done in [pool.submit(train_variant, config, *run) for run in runs]:
+            done.result()
 
 
 def check_plan(config: StudyConfig, bench: Bench) -> None:
@@ -90,6 +94,7 @@ def check_plan(config: StudyConfig, bench: Bench) -> None:
         "rows": config.rows,
         "test_rows": config.test_rows,
         "seeds": list(config.seeds),
+        "train_seeds": list(config.train_seeds),
         "loops": {name: _loop(getattr(config, name)) for name in ("search", "train", "adapt")},
         "rates": {
             **{family: [asdict(rates) for rates in tried] for family, tried in RATES.items()},
@@ -153,7 +158,8 @@ def run_variant(config: StudyConfig, variant: Variant) -> str:
         return variant.name
     trained = (cell(config, "train", variant.name), inventory_of(config, variant))
     if not all(path.exists() for path in trained):
-        train_variant(Bench.open(config), variant)
+        trained[0].unlink(missing_ok=True)
+        train_variant(config, variant, config.train_seeds[0])
         for mode in variant.modes:  # a cell is of one inventory
             if not is_adapted(config, variant, mode):
                 cell(config, "adapt", f"{variant.name}-{mode}").unlink(missing_ok=True)
@@ -162,18 +168,22 @@ def run_variant(config: StudyConfig, variant: Variant) -> str:
     return variant.name
 
 
-def train_variant(bench: Bench, variant: Variant) -> None:
-    """Train on all held_in tasks; write the inventory, its routers, and the cell with scores.
+def train_variant(config: StudyConfig, variant: Variant, seed: int) -> None:
+    """Train on all held_in tasks; write the inventory, its routers, and the cell with scores, where
+    that is not there.
 
     Held_out tasks are scored as they are, under the mean of the routers, or by each prompt's own
     intuition where the variant has one, as are held_in tasks then.
     """
-    config = bench.config
-    folder = config.work / variant.name
+    name = run_name(config, variant, seed)
+    path, folder = cell(config, "train", name), config.work / name
+    if path.exists():
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    model = bench.fresh(variant)
+    bench = Bench.open(config)
+    model = bench.fresh(variant, seed)
     examples = bench.examples("train", model.intuition)
-    loop = replace(config.train, rates=best_rates(config, variant))
+    loop = replace(config.train, rates=best_rates(config, variant), seed=seed)
     checkpoint = folder / "checkpoint.safetensors"
     watch = watch_routers(bench, model, folder / "routers.safetensors")
     groups, curve = train_adapters(bench, model, variant, examples, loop, checkpoint, watch)
@@ -195,7 +205,7 @@ def train_variant(bench: Bench, variant: Variant) -> None:
         "scores": score_tasks(bench, model.adapted, logits, model.intuition),
         "commit": current_commit(),
     }
-    write_record(cell(config, "train", variant.name), record)
+    write_record(path, record)
 
 
 def watch_routers(bench: Bench, model: MultiTaskModel, path: Path) -> RouterWatch | None:

@@ -74,11 +74,10 @@ class Bench:
             for seed in self.config.seeds:
                 self.few_shot(task, seed)
 
-    def fresh(self, variant: Variant) -> MultiTaskModel:
+    def fresh(self, variant: Variant, seed: int = 0) -> MultiTaskModel:
         """A variant with fresh adapters on the upper layers; the bench's base is used up."""
-        seed = self.config.train.seed
         targets = find_targets(self.base, self.config.targets)
-        intuition = self._cluster(variant) if variant.spec.intuition else None
+        intuition = self._cluster(variant, seed) if variant.spec.intuition else None
         adapted = attach(self.base, variant.spec, targets, seed=seed, intuition=intuition)
         cut(self.base, self.config.lower_layers)
         return MultiTaskModel(adapted, len(self.held_in), seed=seed)
@@ -89,9 +88,8 @@ class Bench:
         cut(self.base, self.config.lower_layers)
         return adapted
 
-    def _cluster(self, variant: Variant) -> Intuition:
+    def _cluster(self, variant: Variant, seed: int) -> Intuition:
         texts = [self._embedded(task, "train", task.rows["train"]) for task in self.held_in]
-        seed = self.config.train.seed
         return cluster(self.embeddings.encoder, torch.cat(texts), variant.spec, seed=seed)
 
     def _embedded(self, task: Task, name: str, rows: Sequence[Row]) -> Tensor:

@@ -7,12 +7,12 @@ is said to hold, or not, only where it lies two standard errors from the goal.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .study_plan import StudyConfig
+from .study_plan import StudyConfig, run_name
 from .study_report import paired
 
 Rows = Literal["held_in", "zero_shot", "adapted"]
@@ -41,6 +41,9 @@ class Claim:
     parameters: float | None = None
 
 
+TREX = ("trex-mix-intuition", "trex-diagonal-intuition", "trex-mix", "trex-diagonal")
+_TRAINED: tuple[Rows, ...] = ("held_in", "zero_shot")
+
 CLAIMS = (
     Claim("The best modular method beats shared LoRA", "adapted", None, "lora-modules", 2.0),
     Claim(
@@ -51,29 +54,21 @@ CLAIMS = (
         -3.0,
         1 / 150,
     ),
-    Claim(
-        "T-REX beats shared LoRA with fewer parameters",
-        "held_in",
-        "trex-mix-intuition",
-        "lora",
-        1.0,
-        0.7,
-    ),
-    Claim(
-        "T-REX beats shared LoRA on tasks it was not trained on",
-        "zero_shot",
-        "trex-mix-intuition",
-        "lora",
-        1.0,
-        0.7,
+    *(
+        Claim("T-REX beats shared LoRA with fewer parameters", rows, trex, "lora", 1.0, 0.7)
+        for rows in _TRAINED
+        for trex in TREX
     ),
     Claim("Intuition helps T-REX", "held_in", "trex-mix-intuition", "trex-mix"),
     Claim("Intuition helps T-REX", "held_in", "trex-diagonal-intuition", "trex-diagonal"),
     Claim("Intuition helps T-REX", "zero_shot", "trex-mix-intuition", "trex-mix"),
+    Claim("Intuition helps T-REX", "zero_shot", "trex-diagonal-intuition", "trex-diagonal"),
     Claim("Mix-and-match beats the diagonal", "held_in", "trex-mix", "trex-diagonal"),
-    Claim("T-REX beats MoLoRA", "held_in", "trex-mix-intuition", "molora"),
+    *(Claim("T-REX beats MoLoRA", "held_in", trex, "molora") for trex in TREX),
     Claim("TensorPoly-I beats TLoRA", "held_in", "tensorpoly-1-e8-n2", "tlora"),
     Claim("Poly beats LoRA", "held_in", "poly", "lora"),
+    Claim("MHR beats LoRA", "held_in", "mhr", "lora"),
+    Claim("TensorPoly-I beats LoRA", "held_in", "tensorpoly-1-e8-n2", "lora"),
     Claim(
         "TensorPoly-I is as good as Poly with fewer parameters",
         "held_in",
@@ -117,7 +112,8 @@ def judge(config: StudyConfig, summary: Mapping[str, Any]) -> list[dict[str, Any
         known = summary["ablations" if claim.rows == "adapted" else "methods"]
         if not all(name in known for name in names):
             continue
-        first, second = (_entries(config, claim.rows, name) for name in names)
+        seeds = _seeds(config, names) if claim.rows != "adapted" else ()
+        first, second = (_entries(config, claim.rows, name, seeds) for name in names)
         difference, error = paired(first, second)
         sizes = [_parameters(known[name], claim.rows) for name in names]
         found.append(
@@ -127,6 +123,7 @@ def judge(config: StudyConfig, summary: Mapping[str, Any]) -> list[dict[str, Any
                 "first": names[0],
                 "second": names[1],
                 "goal": claim.goal,
+                "seeds": len(next(iter(first.values()))),
                 "points": round(100 * difference, 2),
                 "standard_error": round(100 * error, 2),
                 "parameters": sizes,
@@ -149,19 +146,31 @@ def _parameters(entry: Mapping[str, Any], rows: Rows) -> int:
     return found
 
 
+def _seeds(config: StudyConfig, names: Sequence[str]) -> list[int]:
+    """The seeds that all of some variants are trained with, as far as they are finished."""
+    variants = [variant for variant in config.variants if variant.name in names]
+    return [
+        seed
+        for seed in config.train_seeds
+        if all(_path(config, "train", run_name(config, v, seed)).exists() for v in variants)
+    ]
+
+
 def _entries(
-    config: StudyConfig, rows: Rows, name: str
-) -> dict[str, Mapping[str, Mapping[str, Any]]]:
-    """By task and seed, as adapted tasks have them; what is trained once has one seed."""
+    config: StudyConfig, rows: Rows, name: str, seeds: Sequence[int]
+) -> dict[str, dict[str, Any]]:
+    """By task and seed: of few rows where the task is adapted, of training elsewhere."""
     if rows == "adapted":
         cell: dict[str, Any] = json.loads(_path(config, "adapt", name).read_text())["held_out"]
         return cell
-    scores = json.loads(_path(config, "train", name).read_text())["scores"]
-    return {
-        task: {"0": entry}
-        for task, entry in scores.items()
-        if (task in config.held_out) == (rows == "zero_shot")
-    }
+    (variant,) = (variant for variant in config.variants if variant.name == name)
+    found: dict[str, dict[str, Any]] = {}
+    for seed in seeds:
+        path = _path(config, "train", run_name(config, variant, seed))
+        for task, entry in json.loads(path.read_text())["scores"].items():
+            if (task in config.held_out) == (rows == "zero_shot"):
+                found.setdefault(task, {})[str(seed)] = entry
+    return found
 
 
 def _path(config: StudyConfig, kind: str, name: str) -> Path:
@@ -171,14 +180,14 @@ def _path(config: StudyConfig, kind: str, name: str) -> Path:
 def claims_table(found: list[dict[str, Any]]) -> str:
     """All claims with what was found, as Markdown."""
     lines = [
-        "| claim | rows | compared | goal | points | parameters | holds |",
-        "|---|---|---|---:|---:|---:|---|",
+        "| claim | rows | compared | goal | points | seeds | parameters | holds |",
+        "|---|---|---|---:|---:|---:|---:|---|",
     ]
     for each in found:
         share = each["parameters"][0] / max(1, each["parameters"][1])
         lines.append(
             f"| {each['claim']} | {ROWS[each['rows']]} | {each['first']} over {each['second']} "
             f"| {each['goal']:+.1f} | {each['points']:+.1f} ± {each['standard_error']:.1f} "
-            f"| {share:.3g} times | {each['verdict']} |"
+            f"| {each['seeds']} | {share:.3g} times | {each['verdict']} |"
         )
     return "\n".join(lines)

@@ -113,6 +113,11 @@ HELD_OUT = ("epistemic", "social_iqa", "winowhy", "wic_wn", "plural")
 most rows, of those that may be passed on; and one whose answers are no options, but words."""
 
 
+REPEATED = ("lora", "mhr", "trex-diagonal")
+TRAIN_SEEDS = (0, 1, 2)
+"""Variants that are trained and scored with every one of these seeds, so that it shows how much of
+a difference is chance; all others, and whatever is adapted, with the first."""
+
 SEARCHED = ("plural", "epistemic")
 """The held_out tasks whose valid rows the search for the rates of adaptation looks at."""
 
@@ -134,11 +139,22 @@ class StudyConfig:
     rows: int = 32
     test_rows: int = 160
     """At most, of each task's test split: the first ones."""
+    repeated: tuple[str, ...] = REPEATED
+    train_seeds: tuple[int, ...] = TRAIN_SEEDS
     seeds: tuple[int, ...] = (0, 1, 2)
     search: LoopConfig = SEARCH
     train: LoopConfig = TRAIN
     adapt: LoopConfig = ADAPT
     workers: int = 2
+
+    def seeds_of(self, variant: Variant) -> tuple[int, ...]:
+        """The seeds that a variant is trained with."""
+        return self.train_seeds if variant.name in self.repeated else self.train_seeds[:1]
+
+
+def run_name(config: StudyConfig, variant: Variant, seed: int) -> str:
+    """What a variant's training with a seed is called; with the first seed, as the variant is."""
+    return variant.name if seed == config.train_seeds[0] else f"{variant.name}-seed{seed}"
 
 
 def cell(config: StudyConfig, *names: str) -> Path:

@@ -20,7 +20,7 @@ from polyrex.adapters.parameter_counts import ParameterCounts, abbreviate, count
 
 from .adapt import AdaptMode
 from .data import Task, load_tasks
-from .study_plan import StudyConfig, Variant
+from .study_plan import StudyConfig, Variant, run_name
 
 MODES: tuple[AdaptMode, ...] = ("both", "routing", "modules", "token-routers")
 """Which mode stands for a variant in the main table: the first of these that it has."""
@@ -61,11 +61,13 @@ def paired(
     first: Mapping[str, Mapping[str, Mapping[str, Any]]],
     second: Mapping[str, Mapping[str, Mapping[str, Any]]],
 ) -> tuple[float, float]:
-    """The difference of two adaptations in the mean over seeds and tasks, with its standard error.
+    """The difference of two variants in the mean over seeds and tasks, with its standard error.
 
-    Row by row, as both answered the same ones: what is hard for both falls out.
+    Row by row, as both answered the same ones: what is hard for both falls out. What differs from
+    seed to seed is added to that.
     """
     differences, variance = [], 0.0
+    by_seed: dict[str, list[float]] = {}
     for task, seeds in first.items():
         rows = [
             statistics.mean(row)
@@ -78,8 +80,13 @@ def paired(
             )
         ]
         differences.append(statistics.mean(rows))
-        variance += statistics.variance(rows) / len(rows)
-    return statistics.mean(differences), math.sqrt(variance) / len(differences)
+        variance += statistics.variance(rows) / len(rows) / len(first) ** 2
+        for seed, one in seeds.items():
+            by_seed.setdefault(seed, []).append(one["score"] - second[task][seed]["score"])
+    means = [statistics.mean(each) for each in by_seed.values()]
+    if len(means) > 1:
+        variance += statistics.variance(means) / len(means)
+    return statistics.mean(differences), math.sqrt(variance)
 
 
 def bits(entry: Mapping[str, Any]) -> list[int]:
@@ -128,6 +135,11 @@ def summarise(config: StudyConfig, base: Any) -> dict[str, Any]:
             and len(found["held_out"]) == len(config.held_out)
         }
         entry = _trained(train, held_in, config.held_out, counts, variant)
+        entry["held_in_by_seed"] = [
+            round(mean_of(repeat["scores"], held_in).value, 4)
+            for seed in config.seeds_of(variant)
+            if (repeat := _read(config.out / "train" / f"{run_name(config, variant, seed)}.json"))
+        ]
         main = next((mode for mode in MODES if mode in modes), None)
         for mode, held_out in modes.items():
             mean = mean_of_medians(held_out)

@@ -56,6 +56,8 @@ def config(
         searched=("other_colour",),
         rows=4,
         seeds=(0, 1),
+        repeated=("lora",),
+        train_seeds=(0, 1),
         search=LOOP,
         train=LOOP,
         adapt=replace(LOOP, steps=2),
@@ -65,6 +67,7 @@ def config(
     for variant in SMALL:
         search_rates(config, variant)
         study.run_variant(config, variant)
+    study.train_variant(config, SMALL[0], 1)
     return config
 
 
@@ -145,6 +148,14 @@ def test_report_draws_what_was_found(config: StudyConfig) -> None:
     names = ("accuracy", "routing", "experts", "tasks", "convergence", "intuition")
     assert drawn == {f"{name}.png" for name in names}
     assert "a constant answer" in main_table(summary)
+
+
+def test_another_seed_is_another_training(config: StudyConfig) -> None:
+    first, second = (found(config, "train", name) for name in ("lora", "lora-seed1"))
+    assert first["parameters"] == second["parameters"]
+    assert first["valid_loss"] != second["valid_loss"]
+    methods = summarise(config, load_base(config.base, torch.float32))["methods"]
+    assert [len(entry["held_in_by_seed"]) for entry in methods.values()] == [2, 1, 1, 1]
 
 
 def test_token_routers_are_watched_through_an_interruption(

@@ -58,6 +58,35 @@ def test_paired_difference_is_surer_than_two_means() -> None:
     assert error < mean_of({"a": entry(HALF)}, ["a"]).error
 
 
+def test_what_differs_from_seed_to_seed_is_no_finding() -> None:
+    """One better by a tenth, then worse by as much: nothing is known."""
+    better, worse = [*[True] * 10, *HALF[10:]], [*[False] * 10, *HALF[10:]]
+    first = {"a": {"0": entry(better), "1": entry(worse)}}
+    second = {"a": {"0": entry(HALF), "1": entry(HALF)}}
+    difference, error = paired(first, second)
+    assert difference == pytest.approx(0)
+    assert error >= math.sqrt(0.005 / 2)  # the variance of 0.05 and -0.05, of two
+
+
+def test_claims_take_the_seeds_that_both_were_trained_with(tiny_base: Path, tmp_path: Path) -> None:
+    variants = (
+        Variant("lora", "lora", AdapterSpec("lora", rank=2), ("modules",)),
+        Variant("mhr", "poly", AdapterSpec("mhr", rank=2, experts=2, splits=2), ("routing",)),
+    )
+    config = StudyConfig(
+        tmp_path, tmp_path, tmp_path, targets=".*_proj", variants=variants, held_out=("new",)
+    )
+    rows = {"lora": NONE, "mhr": HALF, "lora-seed1": HALF, "mhr-seed1": ALL, "lora-seed2": ALL}
+    for name, right in rows.items():
+        scores = {"old": entry(right), "new": entry(NONE)}
+        trained = cell(config, "train", name)
+        trained.write_text(json.dumps({"scores": scores, "valid_loss": 1.0}))
+    summary = summarise(config, load_base(str(tiny_base), torch.float32))
+    assert summary["methods"]["lora"]["held_in_by_seed"] == [0, 0.5, 1]
+    (found,) = judge(config, summary)
+    assert (found["claim"], found["seeds"], found["points"]) == ("MHR beats LoRA", 2, 50)
+
+
 def test_constant_answer_is_the_usual_one_or_a_guess() -> None:
     def row(answer: str, *options: str) -> Row:
         return Row("", answer, options or None)
