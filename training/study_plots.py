@@ -69,7 +69,7 @@ def routing_heat_map(inventory: Inventory, path: Path) -> None:
             weights[[i for i, own in enumerate(layers) if own == number]].mean(0)
             for number in numbers
         ]
-        image = axis.imshow(torch.stack(rows), aspect="auto", cmap="viridis")
+        image = axis.imshow(torch.stack(rows).numpy(), aspect="auto", cmap="viridis")
         axis.set_title(name, size=8)
         axis.set_yticks(range(0, len(numbers), 3), [str(n) for n in numbers[::3]], size=6)
         axis.tick_params(labelsize=6)
@@ -168,7 +168,7 @@ def _layer(name: str) -> int:
 
 def _matrix(values: Tensor, names: Sequence[str] | None, title: str, path: Path) -> None:
     figure, axis = pyplot.subplots(figsize=(7, 6), layout="constrained")
-    image = axis.imshow(values, vmin=-1, vmax=1, cmap="RdBu_r")
+    image = axis.imshow(values.numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
     if names is not None:
         axis.set_xticks(range(len(names)), names, rotation=90, size=7)
         axis.set_yticks(range(len(names)), names, size=7)
