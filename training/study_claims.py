@@ -46,13 +46,16 @@ _TRAINED: tuple[Rows, ...] = ("held_in", "zero_shot")
 
 CLAIMS = (
     Claim("The best modular method beats shared LoRA", "adapted", None, "lora-modules", 2.0),
-    Claim(
-        "TensorPoly-I, routing alone, comes near few-shot LoRA",
-        "adapted",
-        "tensorpoly-1-e8-n2-routing",
-        "lora-modules",
-        -3.0,
-        1 / 150,
+    *(
+        Claim(
+            "TensorPoly-I, routing alone, comes near few-shot LoRA",
+            "adapted",
+            f"tensorpoly-1-{size}-routing",
+            "lora-modules",
+            -3.0,
+            1 / 150,
+        )
+        for size in ("e8-n2", "e20-n2", "e8-n4", "e20-n4")
     ),
     *(
         Claim("T-REX beats shared LoRA with fewer parameters", rows, trex, "lora", 1.0, 0.7)
@@ -69,6 +72,7 @@ CLAIMS = (
     Claim("Poly beats LoRA", "held_in", "poly", "lora"),
     Claim("MHR beats LoRA", "held_in", "mhr", "lora"),
     Claim("TensorPoly-I beats LoRA", "held_in", "tensorpoly-1-e8-n2", "lora"),
+    Claim("TensorPoly-X beats LoRA", "held_in", "tensorpoly-x", "lora"),
     Claim(
         "TensorPoly-I is as good as Poly with fewer parameters",
         "held_in",
@@ -86,6 +90,12 @@ CLAIMS = (
         1.0,
     ),
     Claim("MHR beats Poly", "adapted", "mhr-routing", "poly-routing"),
+    Claim(
+        "Order 4 adapts by routing better than order 2",
+        "adapted",
+        "tensorpoly-1-e8-n4-routing",
+        "tensorpoly-1-e8-n2-routing",
+    ),
     Claim(
         "Routing each order (II) is no better than routing experts (I)",
         "adapted",
