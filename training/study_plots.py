@@ -62,14 +62,16 @@ def routing_heat_map(inventory: Inventory, path: Path) -> None:
     figure, axes = pyplot.subplots(
         3, -(-len(routers) // 3), figsize=(16, 8), layout="constrained", squeeze=False
     )
-    image = None
-    for axis, (name, logits) in zip(axes.flat, routers.items(), strict=False):
+    by_task = {}
+    for name, logits in routers.items():
         weights = inventory.route(logits)  # [M, W]
-        rows = [
-            weights[[i for i, own in enumerate(layers) if own == number]].mean(0)
-            for number in numbers
-        ]
-        image = axis.imshow(torch.stack(rows).numpy(), aspect="auto", cmap="viridis")
+        by_task[name] = torch.stack(
+            [weights[[own == number for own in layers]].mean(0) for number in numbers]
+        )
+    most = max((weights.max().item() for weights in by_task.values()), default=1.0)
+    image = None
+    for axis, (name, weights) in zip(axes.flat, by_task.items(), strict=False):
+        image = axis.imshow(weights.numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=most)
         axis.set_title(name, size=8)
         axis.set_yticks(range(0, len(numbers), 3), [str(n) for n in numbers[::3]], size=6)
         axis.tick_params(labelsize=6)
