@@ -16,7 +16,7 @@ from polyrex.adapters.parameter_counts import count_parameters
 from polyrex.adapters.spec import AdapterSpec
 from polyrex.training.data import Row, Split, Task
 from polyrex.training.study import entry
-from polyrex.training.study_claims import claims_table, judge
+from polyrex.training.study_claims import ONE_SEED, claims_table, judge
 from polyrex.training.study_plan import StudyConfig, Variant, cell
 from polyrex.training.study_plots import cosines
 from polyrex.training.study_report import (
@@ -169,8 +169,9 @@ def test_claims_are_judged_by_paired_differences(
     )
     for variant, right in zip(variants, (lora, trex), strict=True):
         scores = {"old": entry(right), "new": entry(HALF)}
-        trained = cell(config, "train", variant.name)
-        trained.write_text(json.dumps({"scores": scores, "valid_loss": 1.0}))
+        for name in (variant.name, f"{variant.name}-seed1"):
+            trained = cell(config, "train", name)
+            trained.write_text(json.dumps({"scores": scores, "valid_loss": 1.0}))
         adapted = cell(config, "adapt", f"{variant.name}-{variant.modes[0]}")
         adapted.write_text(json.dumps({"held_out": {"new": {"0": entry(right)}}}))
     found = judge(config, summarise(config, load_base(str(tiny_base), torch.float32)))
@@ -181,6 +182,9 @@ def test_claims_are_judged_by_paired_differences(
     assert held_in["verdict"] == verdict
     assert zero_shot["points"] == 0
     assert f"| {held_in['points']:+.1f} ± " in claims_table(found)
+    cell(config, "train", "lora-seed1").unlink()
+    once = judge(config, summarise(config, load_base(str(tiny_base), torch.float32)))
+    assert [each["verdict"] == ONE_SEED for each in once] == [False, True, True]
 
 
 def test_cosines_of_experts_are_those_of_their_matrices() -> None:
