@@ -113,8 +113,8 @@ HELD_OUT = ("epistemic", "social_iqa", "winowhy", "wic_wn", "plural")
 most rows, of those that may be passed on; and one whose answers are no options, but words."""
 
 
-REPEATED = ("lora", "mhr", "trex-diagonal")
-TRAIN_SEEDS = (0, 1, 2)
+REPEATED = ("lora", "mhr", "trex-diagonal", "tensorpoly-x")
+TRAIN_SEEDS = (0, 1, 2, 3)
 """Variants that are trained and scored with every one of these seeds, so that it shows how much of
 a difference is chance; all others, and whatever is adapted, with the first."""
 
