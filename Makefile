@@ -69,6 +69,7 @@ bench-intuition: $(BIN)/.installed
 bench-compress: $(BIN)/.vllm
 	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.training.many_loras --data training/rows --out .cache/loras --work .cache/study
 	@$(BIN)/polyrex compress .cache/loras --rank 64 --out .cache/compressed
+	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.training.compressed_scores --data training/rows --loras .cache/loras --compressed .cache/compressed --work .cache/study
 	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.server.engines.vllm_bench_compressed --loras .cache/loras --compressed .cache/compressed --out tests/results/compress.json $(ARGS)
 
 train: $(BIN)/.installed

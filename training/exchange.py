@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -109,9 +110,8 @@ def _drift(
         tokens = torch.tensor([tokenizer.encode(text)])
         with routed(found.adapted, found.logits[lora.name]):
             compressed = _log_probabilities(found.adapted.model, tokens)
-        _put_back(found.adapted, lora)
-        original = _log_probabilities(found.adapted.model, tokens)
-        found.adapted.release()
+        with uncompressed(found.adapted, lora):
+            original = _log_probabilities(found.adapted.model, tokens)
         divergences.append((original.exp() * (original - compressed)).sum(-1))
         same.append(original.argmax(-1) == compressed.argmax(-1))
     return TaskDrift(
@@ -126,13 +126,20 @@ def _log_probabilities(model: nn.Module, tokens: Tensor) -> Tensor:
     return logits.log_softmax(-1)
 
 
-def _put_back(adapted: AdaptedModel, lora: PeftLora) -> None:
-    """Have every layer add the LoRA itself."""
+@contextmanager
+def uncompressed(adapted: AdaptedModel, lora: PeftLora) -> Iterator[None]:
+    """Within it, every layer of a compressed model adds the LoRA itself."""
+    dtype = cast(Any, adapted.model).dtype
     row = torch.zeros(1, dtype=torch.int64)
-    adapted.context.step = StepRouting(torch.ones(1, len(adapted.layers), 1), row, torch.float32)
+    adapted.context.step = StepRouting(torch.ones(1, len(adapted.layers), 1), row, dtype)
     for target, layer in zip(adapted.targets, adapted.layers, strict=True):
         none = LowRank(torch.zeros(1, 1, target.d_in), torch.zeros(1, 1, target.d_out))
-        layer.composed = lora.modules.get(target.name, none)
+        pair = lora.modules.get(target.name, none)
+        layer.composed = LowRank(pair.a.to(dtype), pair.b.to(dtype))
+    try:
+        yield
+    finally:
+        adapted.release()
 
 
 def _report(

@@ -29,7 +29,7 @@ from .study_plan import StudyConfig
 logger = logging.getLogger(__name__)
 
 SPEC = AdapterSpec("lora", rank=8, alpha=16.0)
-LOOP = replace(ADAPTATION, steps=12, batch_rows=8, rates=LearningRates(experts=2e-3))
+LOOP = replace(ADAPTATION, steps=20, batch_rows=8, rates=LearningRates(experts=6e-3))
 ROWS = 48
 
 

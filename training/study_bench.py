@@ -157,18 +157,27 @@ class Bench:
         questions: Sequence[Question],
         logits: Tensor | None,
     ) -> list[bool]:
-        """Which test rows come out right under a router's logits [groups, R].
+        """Which test rows come out right under a router's logits [groups, R]."""
+        with routed(adapted, logits):
+            found = self.answers(adapted, task, questions)
+        return [right for _, right in found]
+
+    def answers(
+        self, adapted: AdaptedModel, task: Task, questions: Sequence[Question]
+    ) -> list[tuple[int, bool]]:
+        """Which option each test row is given under the routing set, and whether that is right.
 
         For exact match, greedy decoding must give the answer's own tokens: the same text in other
-        tokens counts as wrong, which lets one pass do instead of one a token.
+        tokens counts as wrong, which lets one pass do instead of one a token. The only option is
+        then the answer, and -1 any other text.
         """
         newline = self.tokenizer.encode("\n", add_special_tokens=False)[-1]
         stops = (self.tokenizer.eos_token_id, newline)
-        with routed(adapted, logits):
-            found = score_questions(adapted, questions, stops=stops)
+        found = score_questions(adapted, questions, stops=stops)
         if task.metric == "exact_match":
-            return [scores[0].greedy for scores in found]
+            return [(0 if scores[0].greedy else -1, scores[0].greedy) for scores in found]
+        chosen = [best_option(scores) for scores in found]
         return [
-            (row.options or ())[best_option(scores)] == row.answer
-            for row, scores in zip(self._test_rows(task), found, strict=True)
+            (option, (row.options or ())[option] == row.answer)
+            for row, option in zip(self._test_rows(task), chosen, strict=True)
         ]

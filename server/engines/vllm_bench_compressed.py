@@ -1,8 +1,8 @@
 """Compressed LoRAs on polyrex, beside the originals on vLLM's own multi-LoRA.
 
-The second half of `make bench-compress`. 32 requests at once of 32 different tasks, in turns; a
+The last step of `make bench-compress`. 32 requests at once of 32 different tasks, in turns; a
 ratio is of one turn over the nearest turns of what it is compared with. The last line is one JSON
-document: what compressing reported, and the throughputs.
+document: what compressing reported, what the tasks then score, and the throughputs.
 """
 
 from __future__ import annotations
@@ -88,8 +88,16 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     found = asyncio.run(measure(options.loras, options.compressed, options.rounds))
-    report = json.loads((options.compressed / "report.json").read_text())
-    document = {"throughput": found, "compression": report, "machine": machine()}
+    report, scores = (
+        json.loads((options.compressed / f"{name}.json").read_text())
+        for name in ("report", "scores")
+    )
+    document = {
+        "throughput": found,
+        "compression": report,
+        "scores": scores,
+        "machine": machine(),
+    }
     options.out.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
     print(json.dumps(document))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +19,12 @@ from polyrex.adapters.inventory import load_experts, read_inventory
 from polyrex.adapters.peft_lora import PeftLora, read_lora, write_lora
 from polyrex.adapters.router_file import read_router
 from polyrex.server.cli import COMMANDS, command_line
-from polyrex.training.compress import compress
+from polyrex.training.compress import compress, read_loras
+from polyrex.training.compressed_scores import compare
 from polyrex.training.evaluate import routed
+from polyrex.training.exchange import compress_loras
 
+ROWS = Path(__file__).parents[2] / "training" / "rows"
 INNER = 5
 """All LoRAs lie in a space of so many dimensions on either side of every module."""
 
@@ -167,6 +171,39 @@ def test_command_compresses_a_folder_and_reports(
             layer.composed = lora.modules[target.name]
         expected = model(input_ids=tokens).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+
+
+def test_compressed_tasks_answer_as_the_originals_do(base_path: str, tmp_path: Path) -> None:
+    """On real rows, by the real model: strong random LoRAs, on bases wide enough for all."""
+    model = load_base(base_path, torch.bfloat16)
+    targets = find_targets(model, r"model\.layers\.29\..*(o|down)_proj")
+    torch.manual_seed(0)
+    names = ("plural-0", "wic_wn-0", "wic_wn-1")
+    for name in names:
+        pairs = {
+            target.name: LowRank(
+                torch.randn(1, 4, target.d_in), 0.2 * torch.randn(1, 4, target.d_out)
+            )
+            for target in targets
+        }
+        write_lora(tmp_path / "loras" / name, pairs, base_path)
+    out = tmp_path / "out"
+    compress_loras(tmp_path / "loras", out, base_path, rank=12)
+    loras = read_loras(tmp_path / "loras")
+
+    def scores() -> Any:
+        return compare(ROWS, loras, out, tmp_path / "work", rows=10)
+
+    found = scores()
+    assert set(found["by_lora"]) == set(names)
+    assert found["same"] == 1
+    assert found["original"] == found["compressed"]
+    assert found["by_lora"]["wic_wn-0"] != found["by_lora"]["wic_wn-1"]
+
+    routers = out / "routers"
+    other = (routers / "wic_wn-1.safetensors").read_bytes()
+    (routers / "wic_wn-0.safetensors").write_bytes(other)
+    assert scores()["by_lora"]["wic_wn-0"]["same"] < 1
 
 
 def test_folder_without_loras_is_an_error(tmp_path: Path, tiny_base: Path) -> None:
