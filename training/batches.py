@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,8 +12,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from polyrex.adapters.errors import DataError
+
 from .data import Row, prompt_of
 from .questions import padded
+
+logger = logging.getLogger(__name__)
 
 IGNORED = -100
 """The label of positions that are not trained on."""
@@ -61,12 +66,27 @@ def encode_rows(
     task: int = 0,
     max_tokens: int = 512,
 ) -> list[Example]:
-    """Encode rows; a prompt that does not fit loses tokens on its left, never its answer."""
-    examples = []
+    """Encode rows; a prompt that does not fit loses tokens on its left, never its answer.
+
+    How many did is logged. Raises DataError where an answer alone does not fit.
+    """
+    examples, cut = [], 0
     for row in rows:
         answer = (*encode_answer(tokenizer, row.answer), tokenizer.eos_token_id)
         prompt = tuple(tokenizer.encode(prompt_of(instruction, row)))
-        examples.append(Example(task, prompt[-(max_tokens - len(answer)) :], answer))
+        room = max_tokens - len(answer)
+        if room < 1:
+            raise DataError(
+                f"an answer of {len(answer)} tokens leaves no room for its prompt: a row has "
+                f"{max_tokens} tokens at most. It begins {row.answer[:40]!r}"
+            )
+        cut += len(prompt) > room
+        examples.append(Example(task, prompt[-room:], answer))
+    if cut:
+        logger.warning(
+            "%d of %d prompts lost their beginning: with the answer, a row has %d tokens at most",
+            *(cut, len(rows), max_tokens),
+        )
     return examples
 
 

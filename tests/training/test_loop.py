@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedTokenizerBase
 
 from polyrex.adapters.attach import AdaptedModel
 from polyrex.adapters.errors import DataError
 from polyrex.adapters.methods import METHODS
 from polyrex.adapters.spec import AdapterSpec
-from polyrex.training.batches import Example, batch_indices, collate
+from polyrex.training.batches import Example, batch_indices, collate, encode_rows
+from polyrex.training.data import Row
 from polyrex.training.loop import LoopConfig, StepRecord, run
 from polyrex.training.model import MultiTaskModel
 from polyrex.training.optimiser import LearningRates
@@ -113,6 +115,19 @@ def test_checkpoint_of_another_configuration_is_refused(
 def test_no_rows_is_an_error(make_adapted: MakeAdapted) -> None:
     with pytest.raises(DataError, match="no rows to train on"):
         trained(make_adapted(SPEC), [], LOOP)
+
+
+def test_rows_that_do_not_fit_are_told_of(
+    tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [Row("one two three four five six", "seven", None), Row("one", "two", None)]
+    whole = encode_rows(tokenizer, "Go on.", rows)
+    cut = encode_rows(tokenizer, "Go on.", rows, max_tokens=len(whole[0]) - 2)
+    assert cut[0].prompt == whole[0].prompt[2:]
+    assert (cut[0].answer, cut[1].prompt) == (whole[0].answer, whole[1].prompt)
+    assert "1 of 2 prompts lost their beginning" in caplog.text
+    with pytest.raises(DataError, match="an answer of 2 tokens leaves no room"):
+        encode_rows(tokenizer, "Go on.", rows, max_tokens=2)
 
 
 def test_an_epoch_holds_every_row_once() -> None:
