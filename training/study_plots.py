@@ -31,13 +31,15 @@ def accuracy_against_parameters(summary: Mapping[str, Any], path: Path) -> None:
     for name, entry in summary["methods"].items():
         value, error = entry["held_in_mean"], entry["held_in_standard_error"]
         _point(axes[0], entry["multi_task_params"], value, error, colours[name], "o")
+        if len(entry["held_in_by_seed"]) == 1:
+            axes[0].lines[-1].set_markerfacecolor("white")
     for entry in summary["ablations"].values():
         value, error, mark = entry["held_out_mean"], entry["standard_error"], MARKS[entry["mode"]]
         _point(axes[1], entry["adaptation_params"], value, error, colours[entry["variant"]], mark)
     for axis in axes:
         axis.set_xscale("log")
         axis.grid(alpha=0.3)
-    axes[0].set_xlabel("parameters trained on all held_in tasks")
+    axes[0].set_xlabel("parameters trained on all held_in tasks; hollow: one seed of training")
     axes[1].set_xlabel("parameters adapted per task")
     axes[0].set_ylabel("held_in accuracy, %")
     axes[1].set_ylabel("held_out accuracy, %, 32 rows a task")

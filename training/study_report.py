@@ -1,7 +1,8 @@
 """What the study's cells say: `study.json`, and the tables of the papers.
 
 Accuracies are shares of test rows. A held_out score is the median over seeds of each task's score,
-in the mean over tasks. Standard errors take rows as independent, and add the spread over seeds.
+in the mean over tasks; a held_in one the mean over seeds of training, where there are several.
+Standard errors take rows as independent, and add the spread over seeds.
 """
 
 from __future__ import annotations
@@ -40,6 +41,19 @@ def mean_of(scores: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> Me
     by_task = {name: scores[name]["score"] for name in names}
     variance = sum(p * (1 - p) / scores[name]["rows"] for name, p in by_task.items())
     return Mean(statistics.mean(by_task.values()), math.sqrt(variance) / len(names), by_task)
+
+
+def mean_of_seeds(trained: Sequence[Mapping[str, Mapping[str, Any]]], names: Sequence[str]) -> Mean:
+    """Of one score a task and seed of training: the mean, and the spread over seeds in the error.
+
+    One seed says nothing of that spread, and its error leaves it out.
+    """
+    means = [mean_of(scores, names) for scores in trained]
+    variance = statistics.mean(mean.error**2 for mean in means)
+    if len(means) > 1:
+        variance += statistics.variance(mean.value for mean in means) / len(means)
+    by_task = {name: statistics.mean(mean.by_task[name] for mean in means) for name in names}
+    return Mean(statistics.mean(by_task.values()), math.sqrt(variance), by_task)
 
 
 def mean_of_medians(held_out: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Mean:
@@ -123,10 +137,14 @@ def summarise(config: StudyConfig, base: Any) -> dict[str, Any]:
     targets = find_targets(base, config.targets)
     methods, ablations = {}, {}
     for variant in config.variants:
-        train = _read(config.out / "train" / f"{variant.name}.json")
-        if train is None:
+        trained = [
+            found
+            for seed in config.seeds_of(variant)
+            if (found := _read(config.out / "train" / f"{run_name(config, variant, seed)}.json"))
+        ]
+        if not trained:
             continue
-        held_in = [name for name in train["scores"] if name not in config.held_out]
+        held_in = [name for name in trained[0]["scores"] if name not in config.held_out]
         counts = count_parameters(variant.spec, targets, len(held_in))
         modes = {
             mode: found["held_out"]
@@ -134,12 +152,7 @@ def summarise(config: StudyConfig, base: Any) -> dict[str, Any]:
             if (found := _read(config.out / "adapt" / f"{variant.name}-{mode}.json"))
             and len(found["held_out"]) == len(config.held_out)
         }
-        entry = _trained(train, held_in, config.held_out, counts, variant)
-        entry["held_in_by_seed"] = [
-            round(mean_of(repeat["scores"], held_in).value, 4)
-            for seed in config.seeds_of(variant)
-            if (repeat := _read(config.out / "train" / f"{run_name(config, variant, seed)}.json"))
-        ]
+        entry = _trained(trained, held_in, config.held_out, counts, variant)
         main = next((mode for mode in MODES if mode in modes), None)
         for mode, held_out in modes.items():
             mean = mean_of_medians(held_out)
@@ -164,19 +177,21 @@ def summarise(config: StudyConfig, base: Any) -> dict[str, Any]:
 
 
 def _trained(
-    train: Mapping[str, Any],
+    trained: Sequence[Mapping[str, Any]],
     held_in: Sequence[str],
     held_out: Sequence[str],
     counts: ParameterCounts,
     variant: Variant,
 ) -> dict[str, Any]:
-    before, zero_shot = mean_of(train["scores"], held_in), mean_of(train["scores"], held_out)
+    scores = [each["scores"] for each in trained]
+    before, zero_shot = mean_of_seeds(scores, held_in), mean_of_seeds(scores, held_out)
     return {
         "held_in_mean": round(before.value, 4),
         "held_in_standard_error": round(before.error, 4),
+        "held_in_by_seed": [round(mean_of(each, held_in).value, 4) for each in scores],
         "zero_shot_mean": round(zero_shot.value, 4),
         "zero_shot_standard_error": round(zero_shot.error, 4),
-        "valid_loss": train["valid_loss"],
+        "valid_loss": round(statistics.mean(each["valid_loss"] for each in trained), 4),
         "multi_task_params": counts.multi_task if variant.routes_tasks else counts.experts,
     }
 
@@ -203,17 +218,18 @@ def _base(scores: Mapping[str, Any], held_out: Sequence[str]) -> dict[str, float
 def main_table(summary: Mapping[str, Any]) -> str:
     """All variants: parameters, held_in, held_out as they are, held_out adapted."""
     lines = [
-        "| method | trained | held_in | held_out, not adapted | adapted | parameters | held_out |",
-        "|---|---:|---:|---:|---|---:|---:|",
+        "| method | trained | seeds | held_in | held_out, not adapted | adapted | parameters "
+        "| held_out |",
+        "|---|---:|---:|---:|---:|---|---:|---:|",
     ]
     if constant := summary.get("constant"):
         lines.append(
-            f"| a constant answer | | {_percent(constant['held_in_mean'])} | | | "
+            f"| a constant answer | | | {_percent(constant['held_in_mean'])} | | | "
             f"| {_percent(constant['held_out_mean'])} |"
         )
     if base := summary["base"]:
         lines.append(
-            f"| base model | | {_percent(base['held_in_mean'])} | "
+            f"| base model | | | {_percent(base['held_in_mean'])} | "
             f"{_percent(base['zero_shot_mean'])} | | | |"
         )
     for name, entry in summary["methods"].items():
@@ -225,6 +241,7 @@ def main_table(summary: Mapping[str, Any]) -> str:
             )
         lines.append(
             f"| {name} | {abbreviate(entry['multi_task_params'])} "
+            f"| {len(entry['held_in_by_seed'])} "
             f"| {_with_error(entry, 'held_in_mean', 'held_in_standard_error')} "
             f"| {_with_error(entry, 'zero_shot_mean', 'zero_shot_standard_error')} {adapted}"
         )

@@ -26,6 +26,7 @@ from polyrex.training.study_report import (
     main_table,
     mean_of,
     mean_of_medians,
+    mean_of_seeds,
     paired,
     summarise,
     task_table,
@@ -46,6 +47,14 @@ def test_mean_of_medians_adds_the_spread_over_seeds() -> None:
     found = mean_of_medians({"a": seeds})
     assert found.value == 0.5
     assert found.error == pytest.approx(math.sqrt(0.25 / 100 + 0.25 / 3))
+
+
+def test_mean_of_seeds_adds_the_spread_over_them() -> None:
+    trained = [{"a": entry(HALF)}, {"a": entry(ALL)}]
+    found = mean_of_seeds(trained, ["a"])
+    assert found.value == 0.75
+    assert found.error == pytest.approx(math.sqrt(0.25 / 100 / 2 + 0.125 / 2))
+    assert mean_of_seeds(trained[:1], ["a"]) == mean_of(trained[0], ["a"])
 
 
 def test_paired_difference_is_surer_than_two_means() -> None:
@@ -83,6 +92,7 @@ def test_claims_take_the_seeds_that_both_were_trained_with(tiny_base: Path, tmp_
         trained.write_text(json.dumps({"scores": scores, "valid_loss": 1.0}))
     summary = summarise(config, load_base(str(tiny_base), torch.float32))
     assert summary["methods"]["lora"]["held_in_by_seed"] == [0, 0.5, 1]
+    assert summary["methods"]["lora"]["held_in_mean"] == 0.5
     (found,) = judge(config, summary)
     assert (found["claim"], found["seeds"], found["points"]) == ("MHR beats LoRA", 2, 50)
 
