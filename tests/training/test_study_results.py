@@ -42,6 +42,10 @@ def test_tables_count_what_the_optimiser_held(
         counts.tasks * counts.routing_per_task if variant.routes_tasks else 0
     )
     assert SUMMARY["methods"][variant.name]["multi_task_params"] == sum(held.values())
+    repeated = sorted((RESULTS / "study/train").glob(f"{variant.name}-seed*.json"))
+    assert [json.loads(path.read_text())["parameters"] for path in repeated] == (
+        [held] * (len(SUMMARY["methods"][variant.name]["held_in_by_seed"]) - 1)
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
