@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from rich.progress import track
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from polyrex.adapters.attach import AdaptedModel
@@ -85,7 +87,10 @@ def compress_loras(
     model, tokenizer = load_base(path, torch.float32), load_tokenizer(path)
     found = compress(loras, model, rank=rank, error=error)
     _write(out, found.adapted, found.logits, {"compressed": "from a PEFT LoRA"})
-    drifts = {lora.name: _drift(found, lora, tokenizer, texts) for lora in loras}
+    drifts = {
+        lora.name: _drift(found, lora, tokenizer, texts)
+        for lora in track(loras, description="drift")
+    }
     report = _report(folder, out, found, drifts)
     write_record(out / "report.json", report)
     return report
@@ -105,25 +110,24 @@ def _write(
 def _drift(
     found: Compressed, lora: PeftLora, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
 ) -> TaskDrift:
-    divergences, same = [], []
-    for text in texts:
-        tokens = torch.tensor([tokenizer.encode(text)])
-        with routed(found.adapted, found.logits[lora.name]):
-            compressed = _log_probabilities(found.adapted.model, tokens)
-        with uncompressed(found.adapted, lora):
-            original = _log_probabilities(found.adapted.model, tokens)
-        divergences.append((original.exp() * (original - compressed)).sum(-1))
-        same.append(original.argmax(-1) == compressed.argmax(-1))
+    tokens = [torch.tensor(tokenizer.encode(text)) for text in texts]
+    with routed(found.adapted, found.logits[lora.name]):
+        ours = _log_probabilities(found.adapted.model, tokens)
+    with uncompressed(found.adapted, lora):
+        theirs = _log_probabilities(found.adapted.model, tokens)
     return TaskDrift(
         found.errors[lora.name],
-        torch.cat(divergences).mean().item(),
-        torch.cat(same).float().mean().item(),
+        (theirs.exp() * (theirs - ours)).sum(-1).mean().item(),
+        (theirs.argmax(-1) == ours.argmax(-1)).float().mean().item(),
     )
 
 
-def _log_probabilities(model: nn.Module, tokens: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=tokens).logits[0]
-    return logits.log_softmax(-1)
+def _log_probabilities(model: nn.Module, texts: Sequence[Tensor]) -> Tensor:
+    """Of every token that may come next, [n, V], at the n positions of all texts."""
+    padded = pad_sequence(list(texts), batch_first=True)  # on the right: nothing attends to it
+    logits: Tensor = model(input_ids=padded).logits
+    lengths = torch.tensor([len(text) for text in texts]).unsqueeze(1)
+    return logits[torch.arange(padded.shape[1]) < lengths].log_softmax(-1)
 
 
 @contextmanager
