@@ -64,13 +64,15 @@ fit-gain: $(BIN)/.installed
 bench-intuition: $(BIN)/.installed
 	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.server.intuition_bench --out tests/results/intuition.json $(ARGS)
 
-# 120 LoRAs trained, compressed, and served beside the originals; half an hour. Ends with one line
-# of JSON.
+# 120 LoRAs trained, compressed to bases of three ranks, and served beside the originals; an hour.
+# Ends with one line of JSON.
 bench-compress: $(BIN)/.vllm
 	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.training.many_loras --data training/rows --out .cache/loras --work .cache/study
-	@$(BIN)/polyrex compress .cache/loras --rank 64 --out .cache/compressed
-	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.training.compressed_scores --data training/rows --loras .cache/loras --compressed .cache/compressed --work .cache/study
-	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.server.engines.vllm_bench_compressed --loras .cache/loras --compressed .cache/compressed --out tests/results/compress.json $(ARGS)
+	@for rank in 16 32 64; do \
+	  $(BIN)/polyrex compress .cache/loras --rank $$rank --out .cache/compressed/$$rank && \
+	  PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.training.compressed_scores --data training/rows --loras .cache/loras --compressed .cache/compressed/$$rank --work .cache/study || exit 1; \
+	done
+	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.server.engines.vllm_bench_compressed --loras .cache/loras --compressed .cache/compressed/64 .cache/compressed/32 .cache/compressed/16 --out tests/results/compress.json $(ARGS)
 
 train: $(BIN)/.installed
 	@$(BIN)/polyrex train $(ARGS)

@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -78,28 +79,44 @@ async def measure(loras: Path, compressed: Path, rounds: int) -> dict[str, Any]:
     }
 
 
+def document(compressed: Sequence[Path], throughput: dict[str, Any]) -> dict[str, Any]:
+    """What `compress` and `compressed_scores` left in each folder, without the single tasks but for
+    the one that is served, and the throughputs of that."""
+    found = [
+        [json.loads((folder / f"{name}.json").read_text()) for name in ("report", "scores")]
+        for folder in compressed
+    ]
+    ranks = {
+        str(report["rank"]): {key: each for key, each in report.items() if key != "by_task"}
+        | {"scores": {key: each for key, each in scores.items() if key != "by_lora"}}
+        for report, scores in found
+    }
+    report, scores = found[0]
+    tasks = {name: each | scores["by_lora"][name] for name, each in report["by_task"].items()}
+    served = {"rank": report["rank"], "by_task": tasks}
+    return {"ranks": ranks, "served": served | throughput, "machine": machine()}
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--loras", type=Path, required=True, help="the originals")
-    parser.add_argument("--compressed", type=Path, required=True, help="what compress wrote")
+    parser.add_argument(
+        "--compressed",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="what compress wrote; the first is served",
+    )
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the result")
     options = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    found = asyncio.run(measure(options.loras, options.compressed, options.rounds))
-    report, scores = (
-        json.loads((options.compressed / f"{name}.json").read_text())
-        for name in ("report", "scores")
-    )
-    document = {
-        "throughput": found,
-        "compression": report,
-        "scores": scores,
-        "machine": machine(),
-    }
-    options.out.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
-    print(json.dumps(document))
+    found = asyncio.run(measure(options.loras, options.compressed[0], options.rounds))
+    result = document(options.compressed, found)
+    options.out.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+    del result["served"]["by_task"]
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
