@@ -19,6 +19,7 @@ from typing import Any
 
 from polyrex.adapters.base_model import DEFAULT_BASE, resolve_base
 from polyrex.adapters.inventory import Inventory, read_inventory
+from polyrex.adapters.peft_lora import CONFIG
 from polyrex.adapters.registry import TaskInfo, TaskVersion
 from polyrex.adapters.router_file import read_router
 from polyrex.server.bench import machine
@@ -54,9 +55,11 @@ async def measure(loras: Path, compressed: Path, rounds: int) -> dict[str, Any]:
     model, meter = resolve_base(DEFAULT_BASE), Meter()
     with tempfile.TemporaryDirectory() as folder:
         originals = linked(loras, names, Path(folder))
+        configs = [json.loads((loras / name / CONFIG).read_text()) for name in names]
+        rank = max(config["r"] for config in configs)
         engines: dict[str, Starter] = {
             BASE: partial(Plain.start, model, True),
-            THEIRS: partial(Plain.start, model, True, originals),
+            THEIRS: partial(Plain.start, model, True, originals, rank),
             OURS: partial(Polyrex.start, model, True, inventory, version),
         }
         async with started(engines) as running:

@@ -51,14 +51,16 @@ class Plain:
         self._numbers = itertools.count()
 
     @classmethod
-    async def start(cls, model: str, eager: bool, adapters: Path | None = None) -> Plain:
+    async def start(
+        cls, model: str, eager: bool, adapters: Path | None = None, rank: int = RANK
+    ) -> Plain:
         lora: dict[str, Any] = {}
         if adapters is not None:  # a third slower where target modules are not named
             lora = {
                 "enable_lora": True,
                 "max_loras": IN_FLIGHT,
                 "max_cpu_loras": IN_FLIGHT,
-                "max_lora_rank": RANK,
+                "max_lora_rank": rank,
                 "lora_target_modules": list(TARGETS),
             }
         arguments = AsyncEngineArgs(
