@@ -58,7 +58,7 @@ CLAIMS = (
             -3.0,
             1 / 150,
         )
-        for size in ("e8-n2", "e20-n2", "e8-n4", "e20-n4")
+        for size in ("e8-n2", "e20-n2", "e8-n4", "e20-n4", "e8-n2-block", "e8-n4-block")
     ),
     *(
         Claim("T-REX beats shared LoRA with fewer parameters", rows, trex, "lora", 1.0, 0.7)
@@ -104,6 +104,15 @@ CLAIMS = (
         "adapted",
         "tensorpoly-1-e8-n2-routing",
         "tensorpoly-2-routing",
+    ),
+    *(
+        Claim(
+            "Routing each module adapts better than routing each block",
+            "adapted",
+            f"tensorpoly-1-{size}-routing",
+            f"tensorpoly-1-{size}-block-routing",
+        )
+        for size in ("e8-n2", "e8-n4")
     ),
     Claim(
         "Routing and modules together beat routing alone",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from polyrex.adapters.base_model import DEFAULT_BASE
-from polyrex.adapters.spec import AdapterSpec, TrexForm
+from polyrex.adapters.spec import AdapterSpec, Granularity, TrexForm
 
 from .adapt import ADAPTATION, AdaptMode
 from .cluster import CENTROIDS
@@ -41,9 +41,15 @@ _TOKENS: tuple[AdaptMode, ...] = ("token-routers",)
 
 
 def _leaves(
-    name: str, *, experts: int, order: int = 2, modes: tuple[AdaptMode, ...] = ("routing",)
+    name: str,
+    *,
+    experts: int,
+    order: int = 2,
+    granularity: Granularity = "module",
+    modes: tuple[AdaptMode, ...] = ("routing",),
 ) -> Variant:
-    spec = AdapterSpec(f"tensorpoly-{name[0]}", experts=experts, order=order)
+    method = f"tensorpoly-{name[0]}"
+    spec = AdapterSpec(method, experts=experts, order=order, granularity=granularity)
     return Variant(f"tensorpoly-{name}", "leaves", spec, modes)
 
 
@@ -70,6 +76,8 @@ VARIANTS = (
     _leaves("1-e8-n4", experts=8, order=4),
     _leaves("1-e20-n4", experts=20, order=4),
     _leaves("x", experts=4),
+    _leaves("1-e8-n2-block", experts=8, granularity="block"),
+    _leaves("1-e8-n4-block", experts=8, order=4, granularity="block"),
 )
 
 _BY_TOKEN = tuple(

@@ -118,6 +118,7 @@ def task_similarity(inventory: Inventory, path: Path) -> None:
 def convergence(cells: Mapping[str, Any], path: Path) -> None:
     """The training loss of several variants, each point a mean of 20 steps."""
     figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    axis.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)  # type: ignore[attr-defined]
     for name, cell in cells.items():
         _loss(axis, name, cell)
     axis.legend(fontsize=7)
