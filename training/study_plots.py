@@ -30,9 +30,8 @@ def accuracy_against_parameters(summary: Mapping[str, Any], path: Path) -> None:
     colours = dict(zip(summary["methods"], pyplot.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
     for name, entry in summary["methods"].items():
         value, error = entry["held_in_mean"], entry["held_in_standard_error"]
-        _point(axes[0], entry["multi_task_params"], value, error, colours[name], "o")
-        if len(entry["held_in_by_seed"]) == 1:
-            axes[0].lines[-1].set_markerfacecolor("white")
+        hollow = len(entry["held_in_by_seed"]) == 1
+        _point(axes[0], entry["multi_task_params"], value, error, colours[name], "o", hollow)
     for entry in summary["ablations"].values():
         value, error, mark = entry["held_out_mean"], entry["standard_error"], MARKS[entry["mode"]]
         _point(axes[1], entry["adaptation_params"], value, error, colours[entry["variant"]], mark)
@@ -52,8 +51,11 @@ def accuracy_against_parameters(summary: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def _point(axis: Any, x: float, value: float, error: float, colour: Any, mark: str) -> None:
-    axis.errorbar(x, 100 * value, yerr=100 * error, fmt=mark, ms=6, lw=1, color=colour)
+def _point(
+    axis: Any, x: float, value: float, error: float, colour: Any, mark: str, hollow: bool = False
+) -> None:
+    fill = "white" if hollow else colour
+    axis.errorbar(x, 100 * value, yerr=100 * error, fmt=mark, ms=6, lw=1, color=colour, mfc=fill)
 
 
 def routing_heat_map(inventory: Inventory, path: Path) -> None:

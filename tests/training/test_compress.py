@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
 from typer.testing import CliRunner, Result
 
 from polyrex.adapters.attach import find_targets
@@ -171,6 +172,29 @@ def test_command_compresses_a_folder_and_reports(
             layer.composed = lora.modules[target.name]
         expected = model(input_ids=tokens).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+
+
+def test_drift_counts_every_token_of_all_texts_once(
+    loras: list[PeftLora],
+    tiny_base: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+) -> None:
+    for lora in loras[:2]:
+        write_lora(tmp_path / "loras" / lora.name, lora.modules, "tiny")
+
+    def drift(*texts: str) -> float:
+        out = tmp_path / "out"
+        report = compress_loras(tmp_path / "loras", out, str(tiny_base), rank=1, texts=texts)
+        found: float = report["mean_divergence"]
+        return found
+
+    short, long = "one", "one two three four five six seven eight"
+    lengths = len(tokenizer.encode(short)), len(tokenizer.encode(long))
+    apart = drift(short), drift(long)
+    expected = sum(n * each for n, each in zip(lengths, apart, strict=True)) / sum(lengths)
+    assert min(apart) > 0.001
+    assert drift(short, long) == pytest.approx(expected, abs=2e-5)
 
 
 def test_compressed_tasks_answer_as_the_originals_do(base_path: str, tmp_path: Path) -> None:
