@@ -33,46 +33,46 @@ test-vllm-full: $(BIN)/.vllm
 
 # Run on a quiet machine; ends with one line of JSON.
 bench: $(BIN)/.installed
-	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.server.bench --out tests/results/bench.json $(ARGS)
+	@PYTHONPATH=tests PYTHONSAFEPATH=1 $(BIN)/python -m bench.serving --out tests/results/bench.json $(ARGS)
 
 # What every Triton kernel needs of a GPU; compiles without one.
 triton-table: $(BIN)/.vllm
-	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.kernels.triton_compile --out tests/results/triton_resources.md
+	@PYTHONPATH=tests PYTHONSAFEPATH=1 $(BIN)/python -m bench.kernels.triton_resources --out tests/results/triton_resources.md
 
 # Alone on the machine, more than an hour; ARGS="--parts eager" measures one part. Ends with one
 # line of JSON.
 bench-vllm: $(BIN)/.vllm
-	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.server.engines.vllm_bench --out tests/results $(ARGS)
+	@PYTHONPATH=tests PYTHONSAFEPATH=1 $(BIN)/python -m bench.vllm.run --out tests/results $(ARGS)
 
 # Every method trained, compared and adapted to new tasks; hours, and resumes where it stopped.
 study: $(BIN)/.installed
-	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.training.study --data training/rows --out tests/results/study --work .cache/study $(ARGS)
+	@PYTHONPATH=tests PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.training.study.run --data training/rows --out tests/results/study --work .cache/study $(ARGS)
 
 # Alone on the machine, a quarter of an hour; ends with one line of JSON.
 bench-train: $(BIN)/.installed
-	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.training.bench --data training/rows --out tests/results/bench_train.json $(ARGS)
+	@PYTHONPATH=tests PYTHONSAFEPATH=1 $(BIN)/python -m bench.training --data training/rows --out tests/results/bench_train.json $(ARGS)
 
 # Alone on the machine: running streams beside a fit. Ends with one line of JSON.
 bench-fit: $(BIN)/.installed
-	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.server.fit_bench --rows training/rows/tasks/winowhy.jsonl --instruction "Is the reason given for the pronoun correct?" --out tests/results/fit.json $(ARGS)
+	@PYTHONPATH=tests PYTHONSAFEPATH=1 $(BIN)/python -m bench.fit --rows training/rows/tasks/winowhy.jsonl --instruction "Is the reason given for the pronoun correct?" --out tests/results/fit.json $(ARGS)
 
 # What a fit's few steps give up against adapting at full length; a quarter of an hour.
 fit-gain: $(BIN)/.installed
-	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.training.fit_gain --data training/rows --inventory adapters/shipped/smollm2-135m-instruct/inventory.safetensors --out tests/results/fit_gain.json $(ARGS)
+	@PYTHONPATH=tests PYTHONSAFEPATH=1 $(BIN)/python -m bench.fit_gain --data training/rows --inventory adapters/shipped/smollm2-135m-instruct/inventory.safetensors --out tests/results/fit_gain.json $(ARGS)
 
 # Requests routed by their own prompts, beside requests of a task. Ends with one line of JSON.
 bench-intuition: $(BIN)/.installed
-	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.server.intuition_bench --out tests/results/intuition.json $(ARGS)
+	@PYTHONPATH=tests PYTHONSAFEPATH=1 $(BIN)/python -m bench.intuition --out tests/results/intuition.json $(ARGS)
 
 # 120 LoRAs trained, compressed to bases of three ranks, and served beside the originals; an hour.
 # Ends with one line of JSON.
 bench-compress: $(BIN)/.vllm
-	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.training.many_loras --data training/rows --out .cache/loras --work .cache/study
+	@PYTHONPATH=tests PYTHONSAFEPATH=1 $(BIN)/python -m bench.compress.many_loras --data training/rows --out .cache/loras --work .cache/study
 	@for rank in 16 32 64; do \
 	  $(BIN)/polyrex compress .cache/loras --rank $$rank --out .cache/compressed/$$rank && \
-	  PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.training.compressed_scores --data training/rows --loras .cache/loras --compressed .cache/compressed/$$rank --work .cache/study || exit 1; \
+	  PYTHONPATH=tests PYTHONSAFEPATH=1 $(BIN)/python -m bench.compress.scores --data training/rows --loras .cache/loras --compressed .cache/compressed/$$rank --work .cache/study || exit 1; \
 	done
-	@PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.server.engines.vllm_bench_compressed --loras .cache/loras --compressed .cache/compressed/64 .cache/compressed/32 .cache/compressed/16 --out tests/results/compress.json $(ARGS)
+	@PYTHONPATH=tests PYTHONSAFEPATH=1 $(BIN)/python -m bench.vllm.compressed --loras .cache/loras --compressed .cache/compressed/64 .cache/compressed/32 .cache/compressed/16 --out tests/results/compress.json $(ARGS)
 
 train: $(BIN)/.installed
 	@$(BIN)/polyrex train $(ARGS)

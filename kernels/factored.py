@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .own_state_layer import in_twos
+from polyrex.kernels.cpu.task_state import in_twos
 
 RANK = 16
 """The most rank rows that the operator holds in a register."""

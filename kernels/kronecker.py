@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .own_state_layer import in_twos
-from .rank_space_layer import LANES
+from polyrex.kernels.cpu.rank_space import LANES
+from polyrex.kernels.cpu.task_state import in_twos
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .plan import SHARED, Plan, Planner, SharedOnly, log_change
+from .step_plan import SHARED, Plan, Planner, SharedOnly, log_change
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from polyrex.adapters.attach import attach, find_targets
-from polyrex.adapters.base_model import DEFAULT_BASE, load_base, load_tokenizer, resolve_base
-from polyrex.adapters.inventory import Inventory, read_inventory, write_inventory
-from polyrex.adapters.router_file import RouterMetadata, router_bytes
+from polyrex.adapters.files.inventory import Inventory, read_inventory, write_inventory
+from polyrex.adapters.files.router import RouterMetadata, router_bytes
+from polyrex.adapters.model.attach import attach, find_targets
+from polyrex.adapters.model.base_model import DEFAULT_BASE, load_base, load_tokenizer, resolve_base
 from polyrex.adapters.spec import AdapterSpec
 
 MakeRouter = Callable[..., bytes]

@@ -6,8 +6,8 @@ import json
 import re
 from pathlib import Path
 
-from polyrex.adapters.methods import METHODS
-from polyrex.server.cli import COMMANDS
+from polyrex.adapters.methods.registry import METHODS
+from polyrex.server.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -13,20 +13,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from polyrex.adapters.attach import AdaptedModel
-from polyrex.adapters.base_model import DEFAULT_BASE, load_base, load_tokenizer, resolve_base
 from polyrex.adapters.errors import SpecError
-from polyrex.adapters.inventory import Inventory, load_experts, read_inventory, write_inventory
-from polyrex.adapters.router_file import RouterMetadata, read_router, write_router
-from polyrex.adapters.sentence_encoder import SentenceEncoder
+from polyrex.adapters.files.inventory import (
+    Inventory,
+    load_experts,
+    read_inventory,
+    write_inventory,
+)
+from polyrex.adapters.files.router import RouterMetadata, read_router, write_router
+from polyrex.adapters.model.attach import AdaptedModel
+from polyrex.adapters.model.base_model import DEFAULT_BASE, load_base, load_tokenizer, resolve_base
+from polyrex.adapters.model.sentence_encoder import SentenceEncoder
+from polyrex.training.data.batches import Example, by_length, encode_rows
+from polyrex.training.data.tasks import Row, load_tasks, prompt_of
+from polyrex.training.loop.loop import LoopConfig, StepRecord, current_commit, run, write_record
+from polyrex.training.loop.optimiser import Groups, LearningRates
+from polyrex.training.model.frozen import upper_alone
+from polyrex.training.model.multi_task import MultiTaskModel
 
-from .batches import Example, by_length, encode_rows
-from .data import Row, load_tasks, prompt_of
-from .frozen import upper_alone
-from .loop import LoopConfig, StepRecord, current_commit, run, write_record
-from .model import MultiTaskModel
-from .multi_task import example_prompt, use_eager_attention
-from .optimiser import Groups, LearningRates
+from .train import example_prompt, use_eager_attention
 
 logger = logging.getLogger(__name__)
 

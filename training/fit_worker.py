@@ -19,19 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyrex.adapters.attach import AdaptedModel
-from polyrex.adapters.base_model import load_base, load_tokenizer, resolve_base
 from polyrex.adapters.errors import DataError, PolyrexError
-from polyrex.adapters.inventory import load_experts, read_inventory
-from polyrex.adapters.routed_linear import RoutedLinear
-from polyrex.adapters.router_file import RouterMetadata, write_router
+from polyrex.adapters.files.inventory import load_experts, read_inventory
+from polyrex.adapters.files.router import RouterMetadata, write_router
+from polyrex.adapters.model.attach import AdaptedModel
+from polyrex.adapters.model.base_model import load_base, load_tokenizer, resolve_base
+from polyrex.adapters.model.routed_linear import RoutedLinear
+from polyrex.training.data.batches import Example, encode_rows
+from polyrex.training.data.tasks import Metric, Row, Task, prompt_of
+from polyrex.training.evaluation.evaluate import Score, evaluate
+from polyrex.training.loop.loop import StepRecord, current_commit
 
 from .adapt import ADAPTATION, fit, starts_of
-from .batches import Example, encode_rows
-from .data import Metric, Row, Task, prompt_of
-from .evaluate import Score, evaluate
-from .loop import StepRecord, current_commit
-from .multi_task import use_eager_attention
+from .train import use_eager_attention
 
 LOOP = replace(ADAPTATION, steps=24, batch_rows=8, warmup=3)
 """Eight looks at every one of 32 rows that are not held out."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 
-from polyrex.adapters.registry import TaskVersion
+from polyrex.adapters.files.registry import TaskVersion
 
 
 class SlotCache:

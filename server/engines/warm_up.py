@@ -7,9 +7,9 @@ from contextlib import aclosing
 
 import torch
 
-from polyrex.adapters.inventory import Inventory
-from polyrex.adapters.registry import TaskInfo, TaskVersion
-from polyrex.adapters.router_file import Router, RouterMetadata
+from polyrex.adapters.files.inventory import Inventory
+from polyrex.adapters.files.registry import TaskInfo, TaskVersion
+from polyrex.adapters.files.router import Router, RouterMetadata
 
 from .base import Engine, GenerationRequest, SamplingParams
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from polyrex.adapters.attach import attach, find_targets
-from polyrex.adapters.experts import Experts
-from polyrex.adapters.inventory import Inventory, read_inventory, write_inventory
-from polyrex.adapters.methods import make_experts
-from polyrex.adapters.router_file import RouterMetadata, router_bytes
+from polyrex.adapters.files.inventory import Inventory, read_inventory, write_inventory
+from polyrex.adapters.files.router import RouterMetadata, router_bytes
+from polyrex.adapters.methods.protocol import Experts
+from polyrex.adapters.methods.registry import make_experts
+from polyrex.adapters.model.attach import attach, find_targets
 from polyrex.adapters.spec import AdapterSpec, TargetModule
 
 MakeModel = Callable[..., nn.Module]

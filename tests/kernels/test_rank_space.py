@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from polyrex.kernels.cases import RANK_SPACE_CASES, RankSpaceCase, rank_space_inputs, relative_rms
 from polyrex.kernels.rank_space import rank_space, rank_space_reference
+from support.cases import RANK_SPACE_CASES, RankSpaceCase, rank_space_inputs, relative_rms
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 

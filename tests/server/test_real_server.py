@@ -21,10 +21,10 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionUserMessageParam
 
-from polyrex.adapters.inventory import Inventory
+from polyrex.adapters.files.inventory import Inventory
 
 if TYPE_CHECKING:
-    from tests.conftest import MakeRouter
+    from support.random_inventory import MakeRouter
 
 POLYREX = str(Path(sys.executable).with_name("polyrex"))
 BINARY = {"content-type": "application/octet-stream"}

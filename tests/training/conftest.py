@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from polyrex.adapters.attach import AdaptedModel, attach, find_targets
-from polyrex.adapters.base_model import load_base
-from polyrex.adapters.inventory import write_inventory
+from polyrex.adapters.files.inventory import write_inventory
+from polyrex.adapters.model.attach import AdaptedModel, attach, find_targets
+from polyrex.adapters.model.base_model import load_base
 from polyrex.adapters.spec import AdapterSpec
-from polyrex.training.batches import Example, encode_rows
-from polyrex.training.data import load_tasks
+from polyrex.training.data.batches import Example, encode_rows
+from polyrex.training.data.tasks import load_tasks
 
 MakeAdapted = Callable[[AdapterSpec], AdaptedModel]
 

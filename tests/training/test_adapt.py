@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from polyrex.adapters.attach import AdaptedModel, attach, find_targets
-from polyrex.adapters.base_model import load_base
+from polyrex.adapters.model.attach import AdaptedModel, attach, find_targets
+from polyrex.adapters.model.base_model import load_base
 from polyrex.adapters.spec import AdapterSpec
 from polyrex.training.adapt import ADAPTATION, fit
-from polyrex.training.batches import Example, collate, encode_rows
-from polyrex.training.data import load_tasks
-from polyrex.training.model import MultiTaskModel
+from polyrex.training.data.batches import Example, collate, encode_rows
+from polyrex.training.data.tasks import load_tasks
+from polyrex.training.model.multi_task import MultiTaskModel
 
 LOOP = replace(ADAPTATION, steps=1, batch_rows=4, warmup=1)
 

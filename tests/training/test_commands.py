@@ -9,13 +9,13 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from polyrex.adapters.base_model import load_base
-from polyrex.adapters.inventory import load_experts, read_inventory
-from polyrex.adapters.router_file import read_router
-from polyrex.adapters.sentence_encoder import SentenceEncoder
-from polyrex.server.cli import COMMANDS, command_line
+from polyrex.adapters.files.inventory import load_experts, read_inventory
+from polyrex.adapters.files.router import read_router
+from polyrex.adapters.model.base_model import load_base
+from polyrex.adapters.model.sentence_encoder import SentenceEncoder
+from polyrex.server.cli.main import COMMANDS, command_line
 from polyrex.training.adapt import starts_of
-from polyrex.training.data import load_tasks, prompt_of
+from polyrex.training.data.tasks import load_tasks, prompt_of
 
 
 def polyrex(*arguments: object) -> Result:

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from polyrex.adapters.attach import attach, find_targets
-from polyrex.adapters.base_model import load_base
 from polyrex.adapters.errors import DataError
-from polyrex.adapters.inventory import Inventory, read_inventory
-from polyrex.adapters.router_file import read_router
+from polyrex.adapters.files.inventory import Inventory, read_inventory
+from polyrex.adapters.files.router import read_router
+from polyrex.adapters.model.attach import attach, find_targets
+from polyrex.adapters.model.base_model import load_base
 from polyrex.adapters.spec import AdapterSpec, Granularity
 from polyrex.training import fit_worker
-from polyrex.training.batches import Example
+from polyrex.training.data.batches import Example
 from polyrex.training.fit_worker import FEWEST_ROWS, LOOP, FitJob, lower_layers, task_of
 
 COLOURS = ["red", "blue", "green"]

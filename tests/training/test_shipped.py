@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from polyrex.adapters.attach import AdaptedModel
-from polyrex.adapters.base_model import DEFAULT_BASE, load_base
-from polyrex.adapters.inventory import Inventory, load_experts, read_inventory
-from polyrex.adapters.registry import TaskRegistry
+from polyrex.adapters.files.inventory import Inventory, load_experts, read_inventory
+from polyrex.adapters.files.registry import TaskRegistry
+from polyrex.adapters.model.attach import AdaptedModel
+from polyrex.adapters.model.base_model import DEFAULT_BASE, load_base
 from polyrex.training.adapt import neighbours
-from polyrex.training.data import load_tasks
-from polyrex.training.evaluate import evaluate
+from polyrex.training.data.tasks import load_tasks
+from polyrex.training.evaluation.evaluate import evaluate
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "adapters" / "shipped" / DEFAULT_BASE

@@ -1,0 +1,129 @@
+"""LoRA, Poly and MHR: low-rank experts whose A and B sides are mixed with the same weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from polyrex.adapters.errors import SpecError
+from polyrex.adapters.spec import AdapterSpec, TargetModule
+from polyrex.kernels.rank_space import rank_space
+from polyrex.kernels.routing import ModuleRouting
+
+from .composed import LowRank
+from .protocol import Experts, Operands, Space, normalised_gates
+
+
+def initial_side(weight: Tensor, d_in: int, generator: torch.Generator) -> None:
+    """Draw a matrix whose products with inputs of unit variance have unit variance."""
+    bound = math.sqrt(3 / d_in)
+    nn.init.uniform_(weight, -bound, bound, generator=generator)
+
+
+class RankSpaceExperts(Experts):
+    """Experts whose delta is `B_t A_t x`, with A_t and B_t mixed from E experts on S blocks."""
+
+    @property
+    def space(self) -> Space:
+        return "rank"
+
+    @classmethod
+    def splits(cls, spec: AdapterSpec) -> int:
+        """S: how many blocks the two dimensions are cut into."""
+        return 1
+
+    @classmethod
+    def routing_size(cls, spec: AdapterSpec) -> int:
+        return cls.splits(spec) * spec.experts
+
+    @classmethod
+    def route(cls, spec: AdapterSpec, logits: Tensor, *, sample: bool = False) -> Tensor:
+        return normalised_gates(logits, spec.experts, sample=sample)
+
+    def compose(self, operands: Operands, weights: Tensor, dtype: torch.dtype) -> LowRank:
+        experts = self.spec.experts
+        by_split = weights.view(len(weights), -1, experts).transpose(0, 1)  # [S, D, E]
+
+        def mixed(side: Tensor) -> Tensor:  # [S, E*r, d/S] -> [D, r, d]
+            rank = side.shape[1] // experts
+            product = torch.bmm(by_split.to(side.dtype), side.reshape(len(side), experts, -1))
+            by_row = product.view(len(side), len(weights), rank, -1).permute(1, 2, 0, 3)
+            return by_row.flatten(2).to(dtype)
+
+        a, b = operands
+        return LowRank(mixed(a), mixed(b))
+
+    def delta(self, operands: Operands, x: Tensor, routing: ModuleRouting) -> Tensor:
+        a, b = operands
+        weights = routing.token_weights.view(len(x), a.shape[0], self.spec.experts)
+        return rank_space(x, a, b, weights)
+
+
+class MhrExperts(RankSpaceExperts):
+    """MHR (multi-head routing): `delta = B_t A_t x / r`, S blocks a side with weights of their own.
+
+    A_t's columns of input block s are `sum_e w_tse A_se`, B_t's rows of output block s are
+    `sum_e w_tse B_se`. S = 1 is Poly.
+    """
+
+    method = "mhr"
+    uses = frozenset({"rank", "experts", "splits", "granularity"})
+
+    def __init__(self, spec: AdapterSpec, target: TargetModule) -> None:
+        super().__init__(spec, target)
+        splits = self.splits(spec)
+        for side, size in (("d_in", target.d_in), ("d_out", target.d_out)):
+            if size % splits:
+                raise SpecError(
+                    f"{target.name}: {side} {size} does not divide into {splits} splits"
+                )
+        self.lora_a = nn.Parameter(
+            torch.empty(splits, spec.experts, target.d_in // splits, spec.rank)
+        )
+        self.lora_b = nn.Parameter(
+            torch.empty(splits, spec.experts, spec.rank, target.d_out // splits)
+        )
+
+    @classmethod
+    def splits(cls, spec: AdapterSpec) -> int:
+        return spec.splits
+
+    def scale(self) -> float:
+        """What the delta is multiplied by; the papers' code divides by the rank."""
+        return 1 / self.spec.rank
+
+    def reset(self, generator: torch.Generator) -> None:
+        initial_side(self.lora_a, self.target.d_in, generator)
+        nn.init.zeros_(self.lora_b)
+
+    def operands(self, dtype: torch.dtype) -> Operands:
+        a = self.lora_a.transpose(2, 3).flatten(1, 2)  # [S, E*r, d_in/S]
+        b = self.lora_b.flatten(1, 2) * self.scale()  # [S, E*r, d_out/S]
+        return a.to(dtype).contiguous(), b.to(dtype)
+
+
+class PolyExperts(MhrExperts):
+    """Poly: `A_t = sum_e w_te A_e`, `B_t = sum_e w_te B_e`, `delta = B_t A_t x / r`."""
+
+    method = "poly"
+    uses = frozenset({"rank", "experts", "granularity"})
+
+
+class LoraExperts(PolyExperts):
+    """LoRA: `delta = B A x * alpha / r`; alpha is 1 where it is not given (the papers' code)."""
+
+    method = "lora"
+    uses = frozenset({"rank", "alpha"})
+
+    @classmethod
+    def routing_size(cls, spec: AdapterSpec) -> int:
+        return 0
+
+    @classmethod
+    def route(cls, spec: AdapterSpec, logits: Tensor, *, sample: bool = False) -> Tensor:
+        return Experts.route(spec, logits)
+
+    def scale(self) -> float:
+        return (1.0 if self.spec.alpha is None else self.spec.alpha) / self.spec.rank

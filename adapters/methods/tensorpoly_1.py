@@ -1,0 +1,59 @@
+"""TensorPoly-I: experts whose sides are tensor products of leaves, mixed in rank space."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from polyrex.adapters.errors import SpecError
+from polyrex.adapters.spec import AdapterSpec, TargetModule
+
+from .fused_factor import fused_factor
+from .low_rank import RankSpaceExperts
+from .protocol import Operands
+from .tensor_product import FactoredSide, factor_leaves, leaf_size
+
+
+class TensorPoly1Experts(RankSpaceExperts):
+    """TensorPoly-I: expert e is the TLoRA factor of its leaves, mixed as in Poly.
+
+    `delta = gate * (sum_e w_te B_e)(sum_e w_te A_e) x / r`. The scalar gate is ours: the
+    normalisation of the released code leaves neither side at zero, so it starts at 0 instead
+    (the released code means gate = 1).
+    """
+
+    method = "tensorpoly-1"
+    uses = frozenset({"rank", "experts", "order", "norm", "granularity"})
+
+    def __init__(self, spec: AdapterSpec, target: TargetModule) -> None:
+        super().__init__(spec, target)
+        shape = (spec.order, spec.experts, spec.rank)
+        self.weight_leafs_a = nn.Parameter(torch.empty(*shape, leaf_size(target.d_in, spec.order)))
+        self.weight_leafs_b = nn.Parameter(torch.empty(*shape, leaf_size(target.d_out, spec.order)))
+        self.gate = nn.Parameter(torch.empty(()))
+
+    @classmethod
+    def check(cls, spec: AdapterSpec) -> None:
+        super().check(spec)
+        if spec.norm == "layer" and spec.order not in (2, 4):
+            raise SpecError(
+                f"{spec.method}: norm=layer is defined for order 2 and 4, got {spec.order}"
+            )
+
+    def reset(self, generator: torch.Generator) -> None:
+        nn.init.normal_(self.weight_leafs_a, generator=generator)
+        nn.init.normal_(self.weight_leafs_b, generator=generator)
+        nn.init.zeros_(self.gate)
+
+    def operands(self, dtype: torch.dtype) -> Operands:
+        norm = self.spec.norm
+        a = fused_factor(self.weight_leafs_a, self.target.d_in, norm, dtype)  # [E, r, d_in]
+        b = fused_factor(self.weight_leafs_b, self.target.d_out, norm, dtype)  # [E, r, d_out]
+        b = b * (self.gate / self.spec.rank).to(dtype)
+        return a.flatten(0, 1).unsqueeze(0), b.flatten(0, 1).unsqueeze(0)
+
+    def leaf_sides(self) -> tuple[FactoredSide, FactoredSide]:
+        """Both sides of all experts, [E, r, ...], without any scale, as leaves in float32."""
+        leaves = self.weight_leafs_a, self.weight_leafs_b
+        a, b = (factor_leaves(side.detach().float(), self.spec.norm) for side in leaves)
+        return a, b

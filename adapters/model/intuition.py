@@ -1,0 +1,58 @@
+"""T-REX's intuition: what a text's sentence embedding says about which experts it needs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from polyrex.adapters.spec import AdapterSpec
+
+
+@dataclass(frozen=True)
+class EncoderIdentity:
+    """The sentence encoder that an inventory's centroids lie in the space of."""
+
+    name: str
+    dimension: int
+    sha256: str  # of its weights
+
+
+class Intuition(nn.Module):
+    """K centroids of the training texts, and the learned map from them to a module's gates.
+
+    A text's intuition is `c = centroids @ embedding`, [K], its cosines with the centroids (T-REX,
+    section 3.3). Gates are a module's I * J pairs (or its I, in the diagonal form): `map @ c`.
+    One map serves all modules.
+    """
+
+    def __init__(self, centroids: Tensor, encoder: EncoderIdentity, gates: int) -> None:
+        super().__init__()
+        self.register_buffer("centroids", centroids)
+        self.encoder = encoder
+        self.map = nn.Parameter(torch.empty(gates, len(centroids)))
+
+    centroids: Tensor  # [K, D], unit rows
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Begin with the identity where the counts agree, as the paper does; else at random."""
+        if self.map.shape[0] == self.map.shape[1]:
+            nn.init.eye_(self.map)
+        else:
+            nn.init.normal_(self.map, std=1 / math.sqrt(self.map.shape[1]), generator=generator)
+
+    def of(self, embeddings: Tensor) -> Tensor:
+        """The intuition [n, K] of texts, from their embeddings [n, D]."""
+        return embeddings @ self.centroids.T
+
+    def gates(self, intuition: Tensor) -> Tensor:
+        """Gates [..., G] from intuition [..., K]."""
+        return intuition @ self.map.T
+
+
+def gates_of(spec: AdapterSpec) -> int:
+    """G: how many gates a module of T-REX has."""
+    out = spec.rank if spec.rank_out is None else spec.rank_out
+    return spec.rank if spec.form == "diagonal" else spec.rank * out

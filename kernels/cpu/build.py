@@ -1,0 +1,96 @@
+"""The compiled CPU operators: C++ in csrc/, built at first use and kept.
+
+They are built for the processor at hand, by the compiler that `$CXX` names, `c++` otherwise. A
+machine without one runs the same formulas in PyTorch's own operators, which is slower.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import include_paths, library_paths
+
+logger = logging.getLogger(__name__)
+
+_SOURCES = ("rank_space.cpp", "factored.cpp", "kronecker.cpp")
+_HEADERS = ("mixers.h", "scratch.h", "simd.h", "tiles.h")
+_COMPILE = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-fvisibility=hidden", "-fopenmp")
+# OpenMP's symbols are found in the library that torch has loaded: a second one would bring a
+# second set of threads.
+_LINK = ("-shared", "-lc10", "-ltorch", "-ltorch_cpu")
+
+
+def cache_folder() -> Path:
+    """Where polyrex keeps what it makes once: $POLYREX_CACHE, or polyrex in the user's cache."""
+    chosen = os.environ.get("POLYREX_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "polyrex"
+
+
+@cache
+def why_not_compiled() -> str | None:
+    """Load the operators, `torch.ops.polyrex`, building them where they are not yet.
+
+    Returns None where they can be used, else the reason, which is logged once.
+    """
+    library = cache_folder() / "kernels" / f"routed-{_fingerprint()}.so"
+    try:
+        if not library.exists():
+            _build(library)
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+    except (OSError, subprocess.CalledProcessError) as error:
+        output = getattr(error, "stderr", None) or str(error)
+        reason = f"the CPU operators were not built: {output.strip().splitlines()[0]}"
+        logger.warning("%s; PyTorch's own operators stand in", reason)
+        return reason
+    return None
+
+
+def _fingerprint() -> str:
+    """Of all that a build depends on: sources, torch, flags, processor."""
+    here = Path(__file__).parent / "csrc"
+    parts = [(here / name).read_bytes() for name in (*_SOURCES, *_HEADERS)]
+    parts.append(f"{torch.__version__} {_COMPILE} {_LINK} {_processor()}".encode())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What the processor can do, as Linux lists it; its name elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return os.uname().machine
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _build(library: Path) -> None:
+    """Compile and link, then put the library in place in one step: others may be doing the same.
+
+    Raises OSError where there is no compiler, CalledProcessError where it fails.
+    """
+    logger.info("building the CPU operators (once)")
+    library.parent.mkdir(parents=True, exist_ok=True)
+    compiler = os.environ.get("CXX", "c++")
+    includes = [f"-I{path}" for path in include_paths()]
+    libraries = [f"-L{path}" for path in library_paths()]
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        objects = []
+        for name in _SOURCES:
+            objects.append(f"{folder}/{name}.o")
+            source = str(Path(__file__).parent / "csrc" / name)
+            _run([compiler, *_COMPILE, *includes, "-c", source, "-o", objects[-1]])
+        linked = f"{folder}/{library.name}"
+        _run([compiler, *objects, *libraries, *_LINK, "-o", linked])
+        os.replace(linked, library)
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)

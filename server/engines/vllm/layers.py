@@ -1,0 +1,94 @@
+"""Routed adapters inside vLLM's linear layers.
+
+vLLM gives every linear layer a `quant_method`, which computes the product; this module puts one in
+its place that adds the adapters' contribution. Sharding, gathering, reduction, biases and quantised
+weights stay vLLM's business. To a compiler the addition is one opaque operator; an eager model
+calls it directly. A batch without adapters is left alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from polyrex.adapters.model.routed_linear import RoutingContext
+from polyrex.adapters.serving.serving import ServedLayer
+
+OPERATOR = "polyrex_add_routed"
+"""What a compiled model calls, in vLLM's namespace."""
+
+
+class RoutedLayer:
+    """The adapters of one vLLM linear layer on one rank."""
+
+    def __init__(self, served: ServedLayer, context: RoutingContext, gathered_ranks: int) -> None:
+        """`gathered_ranks` ranks have a part of the input each, and the adapters need all of it.
+
+        1: they do with what is here.
+        """
+        self._served = served
+        self._context = context
+        self._gathered_ranks = gathered_ranks
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """Add the adapters' part for x [..., d_in] to y [..., columns], in place."""
+        step = self._context.step
+        if step is None:
+            return
+        if x.dim() > 2:
+            y, x = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        if self._gathered_ranks == 1:
+            self._served.add_(y, x, step)
+            return
+        # Every rank adds its share of the same sum, as the layer goes on to add the ranks up.
+        whole = torch.zeros_like(y)
+        self._served.add_(whole, tensor_model_parallel_all_gather(x), step)
+        y.add_(whole, alpha=1 / self._gathered_ranks)
+
+
+class RoutedLinearMethod(LinearMethodBase):  # type: ignore[misc]
+    """A layer's own method, and then its adapters."""
+
+    def __init__(self, base: Any, routed: RoutedLayer, name: str) -> None:
+        self._base = base
+        self._routed = routed
+        self._name = name
+
+    def create_weights(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("the layer's weights exist before its adapters do")
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y: Tensor = self._base.apply(layer, x, bias)
+        if torch.compiler.is_compiling():
+            torch.ops.vllm.polyrex_add_routed(y, x, self._name)
+        else:
+            self._routed.add(y, x)
+        return y
+
+
+def install(layer: LinearBase, routed: RoutedLayer, known: dict[str, Any]) -> None:
+    """Let `layer` add its adapters; `known` is where vLLM finds layers by name while it runs."""
+    name = f"{layer.prefix}.polyrex"
+    known[name] = routed
+    layer.quant_method = RoutedLinearMethod(layer.quant_method, routed, name)
+
+
+def _add_routed(y: Tensor, x: Tensor, name: str) -> None:
+    layer: RoutedLayer = get_forward_context().no_compile_layers[name]
+    layer.add(y, x)
+
+
+def _add_nothing(y: Tensor, x: Tensor, name: str) -> None:
+    """What a compiler traces in place of `_add_routed`."""
+
+
+def register_operator() -> None:
+    """Define the operator; once a process."""
+    if not hasattr(torch.ops.vllm, OPERATOR):
+        direct_register_custom_op(OPERATOR, _add_routed, mutates_args=["y"], fake_impl=_add_nothing)

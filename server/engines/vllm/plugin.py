@@ -1,0 +1,210 @@
+"""The part of polyrex that runs inside vLLM's workers: `vllm.general_plugins` calls `register`.
+
+vLLM asks its LoRA manager to prepare the model once and to say, before every step, which adapter
+each token uses. RouterManager takes that manager's place where the engine was started with an
+inventory, and answers with rows of the routing table: an adapter's id is its slot.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.lora.layers import LoRAMapping
+from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
+from vllm.v1.worker import lora_model_runner_mixin
+
+from polyrex.adapters.errors import BaseModelMismatch
+from polyrex.adapters.files.inventory import Inventory, read_experts, read_inventory
+from polyrex.adapters.methods.protocol import Experts
+from polyrex.adapters.model.base_model import identify
+from polyrex.adapters.model.routed_linear import RoutingContext
+from polyrex.adapters.serving.serving import ServedLayer, Slice, make_planner, serve_layer
+from polyrex.kernels.routing import RoutingTable
+
+from .layers import RoutedLayer, install, register_operator
+
+logger = logging.getLogger(__name__)
+
+CONFIG_KEY = "polyrex"
+"""Under this key of vLLM's `additional_config`: the inventory's path, its sha256, state_bytes."""
+
+
+def register() -> None:
+    """Called by vLLM in each of its processes, perhaps more than once."""
+    register_operator()
+    theirs = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
+    if isinstance(theirs, _ManagerChoice):
+        return
+    lora_model_runner_mixin.LRUCacheWorkerLoRAManager = _ManagerChoice(theirs)
+
+
+class _ManagerChoice:
+    """Stands where vLLM looks for its manager's class; other engines in the process keep theirs."""
+
+    def __init__(self, theirs: Any) -> None:
+        self._theirs = theirs
+
+    def __call__(self, vllm_config: Any, device: torch.device, embedding_modules: Any) -> Any:
+        ours = vllm_config.additional_config.get(CONFIG_KEY)
+        if ours is None:
+            return self._theirs(vllm_config, device, embedding_modules)
+        inventory = read_inventory(Path(ours["inventory"]))
+        if inventory.sha256 != ours["sha256"]:
+            raise BaseModelMismatch(
+                f"{inventory.path}: the file has changed since it was first read"
+            )
+        return RouterManager(inventory, vllm_config, device)
+
+
+class RouterManager:
+    """What vLLM's worker asks about adapters, answered from a routing table."""
+
+    def __init__(self, inventory: Inventory, vllm_config: Any, device: torch.device) -> None:
+        self._inventory = inventory
+        self._dtype = vllm_config.model_config.dtype
+        self._layers = vllm_config.compilation_config.static_forward_context
+        self._context = RoutingContext()
+        self._slots = 1 + vllm_config.lora_config.max_loras  # row 0 is the base model
+        self._state_bytes: int = vllm_config.additional_config[CONFIG_KEY]["state_bytes"]
+        self._device = device
+        self._table: RoutingTable
+
+    def create_lora_manager(self, model: nn.Module, vllm_config: Any) -> nn.Module:
+        """Give the inventory's target modules their adapters.
+
+        Raises BaseModelMismatch where the model is not the inventory's, or lacks a target module.
+        """
+        inventory = self._inventory
+        inventory.base.check(identify(model), str(inventory.path))
+        everyone = read_experts(inventory)
+        experts = {each.target.name: (i, each) for i, each in enumerate(everyone)}
+        served: list[ServedLayer] = []
+        packed: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
+        for name, layer in model.named_modules():
+            if isinstance(layer, LinearBase):
+                found = list(_slices(name, layer, packed, experts, self._device))
+                if found:
+                    served.append(serve_layer(found, self._dtype, self._device))
+                    gathered = layer.tp_size if _gathers(layer, found[0].experts) else 1
+                    routed = RoutedLayer(served[-1], self._context, gathered)
+                    install(layer, routed, self._layers)
+        if experts:
+            missing = ", ".join(sorted(experts)[:3])
+            raise BaseModelMismatch(f"{inventory.path}: vLLM's model has no {missing}")
+        self._table = RoutingTable(
+            self._slots,
+            *inventory.table_shape,
+            self._device,
+            self._dtype,
+            make_planner(served, everyone[0], self._state_bytes),
+        )
+        return model
+
+    def write(self, slot: int, row: Tensor) -> None:
+        """Put a row of routing weights [M, W] in a slot."""
+        self._table.write(slot, row)
+
+    def set_active_adapters(self, _requests: object, mapping: LoRAMapping) -> None:
+        """Before every step: the adapter of each token."""
+        self._context.step = self._table.step(mapping.index_mapping, self._dtype)
+
+    # An adapter is in its slot before a request names it: there is nothing to load or to evict.
+
+    def add_adapter(self, _request: object) -> bool:
+        return True
+
+    def add_dummy_lora(self, _request: object, rank: int) -> bool:
+        return True
+
+    def remove_adapter(self, _adapter: int) -> bool:
+        return True
+
+    def pin_adapter(self, _adapter: int) -> bool:
+        return True
+
+    def list_adapters(self) -> set[int]:
+        return set()
+
+    def remove_all_adapters(self) -> None:
+        self._context.step = None
+
+    def supports_tower_connector_lora(self) -> bool:
+        return False
+
+    def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:
+        return default_rank
+
+    @contextmanager
+    def dummy_lora_cache(self) -> Iterator[None]:
+        yield
+
+
+class WorkerExtension:
+    """Methods that vLLM adds to its worker class, called through `collective_rpc`."""
+
+    model_runner: Any
+
+    def polyrex_write(self, slot: int, row: bytes) -> None:
+        """Put a row of routing weights, float32 in row-major order, in a slot."""
+        manager: RouterManager = self.model_runner.lora_manager
+        manager.write(slot, torch.frombuffer(bytearray(row), dtype=torch.float32))
+
+
+def _slices(
+    name: str,
+    layer: LinearBase,
+    packed: dict[str, list[str]],
+    experts: dict[str, tuple[int, Experts]],
+    device: torch.device,
+) -> Iterable[Slice]:
+    """The target modules inside of a layer, taken out of `experts`."""
+    parent, _, last = name.rpartition(".")
+    rank, ranks = layer.tp_rank, layer.tp_size
+    modules = packed.get(last, [last])
+    begin = 0
+    for module, size in zip(modules, _sizes(layer, modules), strict=True):
+        index, found = experts.pop(f"{parent}.{module}", (0, None))
+        columns = slice(begin, begin + size)
+        begin += size
+        if found is None:
+            continue
+        target = found.target
+        inputs, outputs = slice(0, target.d_in), slice(0, target.d_out)
+        if isinstance(layer, RowParallelLinear):
+            if not _gathers(layer, found):
+                inputs = _shard(target.d_in, target.d_in // ranks, rank, ranks)
+        else:
+            outputs = _shard(target.d_out, size, rank, ranks)
+        yield Slice(index, found.to(device), columns, inputs, outputs)
+
+
+def _gathers(layer: LinearBase, experts: Experts) -> bool:
+    """Whether adapters need the inputs that other ranks have: sums over ranks do only if linear."""
+    return isinstance(layer, RowParallelLinear) and experts.routes_by_token
+
+
+def _sizes(layer: LinearBase, modules: Sequence[str]) -> list[int]:
+    """How many of a layer's outputs on this rank belong to each of the modules packed in it."""
+    sizes: list[int] = layer.output_partition_sizes
+    if len(modules) > 1 or len(sizes) == 1:
+        return sizes
+    # The checkpoint itself has them in one: a rank holds several pieces of that one.
+    if layer.tp_size > 1:
+        raise BaseModelMismatch(
+            f"{layer.prefix}: its projections are one in the checkpoint, "
+            f"which tensor parallelism cannot serve with adapters"
+        )
+    return [sum(sizes)]
+
+
+def _shard(whole: int, size: int, rank: int, ranks: int) -> slice:
+    """What one rank holds of a dimension that is cut in parts of `size`; ranks may share a part."""
+    parts = whole // size
+    begin = rank * parts // ranks * size
+    return slice(begin, begin + size)

@@ -1,0 +1,98 @@
+"""Bounds on what a client may send, applied before anything reads it; and the count of answers."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from polyrex.server.config import ServerConfig
+from polyrex.server.errors import HeadersTooLarge, TooLarge, error_response
+
+_METHODS = frozenset({"GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"})
+
+
+_DROPPED = 16
+"""How many times the limit of a body is read and dropped before the connection is closed."""
+
+
+class HeaderLimit:
+    """Refuses requests whose headers are too many or too large."""
+
+    def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
+        self._app = app
+        self._config = config
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = scope["headers"]
+            size = sum(len(name) + len(value) for name, value in headers)
+            config = self._config
+            if size > config.max_header_bytes or len(headers) > config.max_headers:
+                refused = HeadersTooLarge(
+                    f"at most {config.max_headers} headers of {config.max_header_bytes} bytes"
+                )
+                await error_response(refused)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class BodyLimit:
+    """Reads the body, whatever its Content-Length says, and refuses it when it is too large."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "0")
+        body = bytearray()
+        received = 0
+        too_large = len(declared) > 19 or (declared.isdecimal() and int(declared) > self._limit)
+        more = True
+        # Of a body that is too large, the rest is read and dropped: a client that still sends would
+        # otherwise see its connection break, and not the answer. That, too, has an end.
+        while more and received <= _DROPPED * self._limit:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            received += len(message.get("body", b""))
+            more = message.get("more_body", False)
+            too_large = too_large or received > self._limit
+            body = bytearray() if too_large else body + message.get("body", b"")
+        if too_large:
+            refused = TooLarge(f"the body may have at most {self._limit} bytes")
+            await error_response(refused)(scope, receive, send)
+            return
+        whole: list[Message] = [{"type": "http.request", "body": bytes(body)}]
+
+        async def replay() -> Message:
+            return whole.pop() if whole else await receive()
+
+        await self._app(scope, replay, send)
+
+
+class CountAnswers:
+    """Counts every HTTP response by method, route and status."""
+
+    def __init__(self, app: ASGIApp, counter: Counter) -> None:
+        self._app = app
+        self._counter = counter
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                # A client chooses method and path: neither may make a label of its own.
+                method = scope["method"] if scope["method"] in _METHODS else "other"
+                route = getattr(scope.get("route"), "path", "none")
+                self._counter.labels(method, route, message["status"]).inc()
+            await send(message)
+
+        await self._app(scope, receive, counted)

@@ -1,0 +1,121 @@
+"""Fitting a task to a few rows, beside serving: a process of its own, which yields to the engine.
+
+The server knows the worker by its name alone: training and server meet through files. The worker
+has its own interpreter and a lower priority, so that neither the event loop nor the engine waits
+for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import tempfile
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from polyrex.adapters.errors import TaskExists, UnknownTask
+from polyrex.adapters.files.registry import TaskInfo, TaskRegistry
+from polyrex.server.errors import FitFailed, InvalidRequest, Overloaded
+from polyrex.server.http.task_shape import task_shape
+
+from .bodies import FitRequest
+
+Json = dict[str, Any]
+
+COMMAND = (sys.executable, "-P", "-m", "polyrex.training.fit_worker")
+
+
+class Fitter:
+    """Fits one task at a time, and registers it where it does better than the base model."""
+
+    def __init__(self, base: str, registry: TaskRegistry) -> None:
+        self._base = base
+        self._registry = registry
+        self._busy = False
+
+    @contextmanager
+    def admit(self, name: str, body: FitRequest) -> Iterator[None]:
+        """The one fit at a time, while the context lasts; refuses what would fail after a minute.
+
+        Raises Overloaded while another task is fitted, TaskExists where the name is taken and is
+        not to be replaced, InvalidRequest where the method has no routing to fit.
+        """
+        if self._busy:
+            raise Overloaded("another task is being fitted; one is at a time")
+        self._check(name, body)
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
+
+    def _check(self, name: str, body: FitRequest) -> None:
+        if not self._registry.inventory.routing_shape[1]:
+            raise InvalidRequest("the inventory's method has no routing that could be fitted")
+        try:
+            self._registry.info(name)
+        except UnknownTask:
+            return
+        if not body.replace:
+            raise TaskExists(f"task {name} is there already; send replace to give it a new version")
+
+    async def fit(self, name: str, body: FitRequest) -> AsyncGenerator[Json, None]:
+        """The events of one fit, ending with `registered` or `refused`.
+
+        Closing the generator ends the worker. Raises FitFailed where the worker failed.
+        """
+        with tempfile.TemporaryDirectory(prefix="polyrex-fit-") as folder:
+            out = Path(folder) / "router.safetensors"
+            scored: Json = {}
+            async with aclosing(self._work(name, body, out)) as events:
+                async for event in events:
+                    yield event
+                    scored = event
+            if scored["adapted"] <= scored["base"]:
+                reason = "the fitted task does no better on the rows held out than the base"
+                yield scored | {"event": "refused", "reason": reason}
+                return
+            info = await asyncio.to_thread(self._register, name, out, body.replace)
+            yield {"event": "registered", "task": task_shape(info)}
+
+    def _register(self, name: str, router: Path, replace: bool) -> TaskInfo:
+        return self._registry.register(name, router.read_bytes(), replace=replace)[0]
+
+    async def _work(self, name: str, body: FitRequest, out: Path) -> AsyncGenerator[Json, None]:
+        """The worker's events, the last one being `scored`."""
+        job = {
+            "base": self._base,
+            "inventory": str(self._registry.inventory.path),
+            "task": name,
+            "instruction": body.instruction,
+            "rows": [row.model_dump() for row in body.rows],
+            "out": str(out),
+        }
+        async with _process() as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(json.dumps(job).encode())
+            process.stdin.close()
+            event: dict[str, Any] = {}
+            async for line in process.stdout:
+                event = json.loads(line)
+                if event["event"] == "failed":
+                    raise FitFailed(event["message"])
+                yield event
+            if event.get("event") != "scored":
+                raise FitFailed(f"the worker ended with status {await process.wait()}")
+
+
+@asynccontextmanager
+async def _process() -> AsyncGenerator[asyncio.subprocess.Process, None]:
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*COMMAND, stdin=pipe, stdout=pipe)
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()

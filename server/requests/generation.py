@@ -1,0 +1,162 @@
+"""From token chunks to text: runs a plan's choices in the engine, all at once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TypeVar
+
+from polyrex.server.engines.base import FinishReason, Token, TokenChunk
+from polyrex.server.errors import EngineError
+from polyrex.server.http.context import Services
+
+from .prepare import Choice, Plan
+from .text import IncrementalDecoder, StopScanner, Tokenizer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TextToken:
+    """A token as text, with its log-probability, and the alternatives' likewise."""
+
+    text: str
+    logprob: float | None  # None for a prompt's first token
+    top: tuple[tuple[str, float], ...]
+    offset: int  # in characters of the choice's text, echo included
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that has become certain, with the tokens that begin in it where they were asked for."""
+
+    text: str
+    tokens: tuple[TextToken, ...] = ()
+    finish_reason: FinishReason | None = None
+    generated: int = 0  # tokens that the engine has made for this piece
+
+
+async def generate(services: Services, plan: Plan) -> AsyncGenerator[tuple[int, Piece], None]:
+    """The pieces of all of a plan's choices, each with the number of its choice, as they come.
+
+    Closing the generator aborts what is still running.
+    """
+    start = time.perf_counter()
+    begun: set[int] = set()
+    streams = [_complete(services, choice) for choice in plan.choices]
+    async with aclosing(_merge(streams)) as pieces:
+        async for index, piece in pieces:
+            if index not in begun:
+                begun.add(index)
+                services.metrics.first_token.observe(time.perf_counter() - start)
+            if piece.finish_reason is not None:
+                services.metrics.finished.labels(piece.finish_reason).inc()
+            yield index, piece
+    services.metrics.latency.observe(time.perf_counter() - start)
+
+
+async def _complete(services: Services, choice: Choice) -> AsyncGenerator[Piece, None]:
+    assembler = _Assembler(services.tokenizer, choice)
+    async with aclosing(services.engine.generate(choice.request)) as chunks:
+        async for chunk in chunks:
+            piece = assembler.push(chunk)
+            yield piece
+            if piece.finish_reason is not None:
+                return
+    raise EngineError(f"the engine ended {choice.request.id} without a finish reason")
+
+
+async def _merge(
+    streams: Sequence[AsyncGenerator[T, None]],
+) -> AsyncGenerator[tuple[int, T], None]:
+    """Items of all streams as they come, each with the number of its stream."""
+    # As many items as streams may wait: a slow reader holds the streams back.
+    queue: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue(len(streams))
+
+    async def drain(index: int, stream: AsyncGenerator[T, None]) -> None:
+        try:
+            async with aclosing(stream):
+                async for item in stream:
+                    await queue.put((index, item))
+            await queue.put(None)
+        except Exception as error:
+            await queue.put(error)
+
+    tasks = [asyncio.create_task(drain(index, stream)) for index, stream in enumerate(streams)]
+    try:
+        ended = 0
+        while ended < len(streams):
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                ended += 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _Assembler:
+    """Makes pieces of one choice out of its chunks."""
+
+    def __init__(self, tokenizer: Tokenizer, choice: Choice) -> None:
+        self._tokenizer = tokenizer
+        self._choice = choice
+        self._decoder = IncrementalDecoder(tokenizer, choice.request.prompt)
+        self._stops = StopScanner(choice.stop)
+        self._echo = choice.echo  # until it has been shown
+        self._decoded = self._shown = len(choice.echo or "")  # characters
+        self._waiting: deque[TextToken] = deque()
+
+    def push(self, chunk: TokenChunk) -> Piece:
+        text, self._echo = self._echo or "", None
+        echoed = self._prompt_tokens(chunk.prompt or ())
+        shown = self._extend(chunk)
+        finish = "stop" if self._stops.stopped else chunk.finish_reason
+        if finish is not None:
+            shown += self._stops.flush()
+        self._shown += len(shown)
+        tokens = self._release(everything=finish is not None and not self._stops.stopped)
+        return Piece(text + shown, echoed + tokens, finish, len(chunk.tokens))
+
+    def _extend(self, chunk: TokenChunk) -> str:
+        shown = ""
+        for token in chunk.tokens:
+            if self._choice.request.sampling.logprobs is not None:
+                self._waiting.append(self._text_token(token, self._decoded))
+            new = self._decoder.push(token.id)
+            self._decoded += len(new)
+            shown += self._stops.push(new)
+            if self._stops.stopped:
+                break
+        return shown
+
+    def _release(self, *, everything: bool) -> tuple[TextToken, ...]:
+        """Take the tokens that begin in the text shown so far."""
+        released = []
+        while self._waiting and (everything or self._waiting[0].offset < self._shown):
+            released.append(self._waiting.popleft())
+        return tuple(released)
+
+    def _prompt_tokens(self, tokens: Sequence[Token]) -> tuple[TextToken, ...]:
+        decoder = IncrementalDecoder(self._tokenizer)
+        offset = 0
+        found = []
+        for token in tokens:
+            found.append(self._text_token(token, offset))
+            offset += len(decoder.push(token.id))
+        return tuple(found)
+
+    def _text_token(self, token: Token, offset: int) -> TextToken:
+        def decode(token_id: int) -> str:
+            return self._tokenizer.decode([token_id], special=True)
+
+        top = tuple((decode(token_id), logprob) for token_id, logprob in token.top)
+        return TextToken(decode(token.id), token.logprob, top, offset)

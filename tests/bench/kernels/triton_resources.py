@@ -1,0 +1,156 @@
+"""Compiles every Triton kernel ahead of time and writes what each needs of a GPU as a table.
+
+    python -m bench.kernels.triton_resources --out tests/results/triton_resources.md
+
+No GPU is needed. Tiles are those that the launchers choose, in bfloat16, for E = 8 experts of rank
+16 (I = J = 16 pairs) at the widths of SmolLM2-135M and of an 8B model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton  # type: ignore[import-untyped]
+from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
+from triton.compiler import ASTSource  # type: ignore[import-untyped]
+
+from polyrex.kernels.gpu import factored, pair_space, rank_space
+from polyrex.kernels.gpu.rank_space import Tile
+
+TARGETS = (80, 90)  # A100, H100
+EXPERTS, RANK, BYTES = 8, 16, 2
+WIDTHS = {576: 24, 1536: 40, 4096: 64, 14336: 120}  # d and the leaf size of order 2
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
+
+Pointers = dict[str, str | None]
+"""The types of a kernel's pointers; None where the argument is not given."""
+
+
+class Build(NamedTuple):
+    """One compilation: a kernel, what it is for, and its constants."""
+
+    kernel: Any
+    use: str
+    tile: Tile
+    pointers: Pointers
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """The first columns of the table."""
+        named = ((re.fullmatch("(?:BLOCK|num)_(.*)", name), name) for name in self.tile)
+        tile = " ".join(f"{match[1]}={self.tile[name]}" for match, name in named if match)
+        return self.kernel.__name__, self.use, tile
+
+
+class Resources(NamedTuple):
+    """What a compiled kernel takes: registers a thread, and bytes."""
+
+    registers: int
+    spilled: int
+    shared: int
+
+
+def builds() -> Iterator[Build]:
+    """Every kernel with every tile that the launchers choose at these shapes."""
+    pointers: Pointers = dict.fromkeys(("x", "a", "b", "y", "weights", "pairs"), "*bf16")
+    pointers |= {"h": "*fp32", "parts": "*fp32"}
+    for tokens in (16, 32, 2048):
+        use = f"T={tokens}"
+        tile = rank_space.shrink_tile(tokens, EXPERTS, RANK, BYTES)
+        yield Build(rank_space.routed_shrink_kernel, use, tile, pointers)
+        tile = rank_space.expand_tile(tokens, EXPERTS, RANK, BYTES)
+        yield Build(rank_space.routed_expand_kernel, use, tile, pointers)
+        for form in ("pairs", "diagonal"):
+            tile = pair_space.pair_tile(tokens, 16, 16, BYTES, diagonal=form == "diagonal")
+            yield Build(pair_space.pair_shrink_kernel, f"{form} {use}", tile, pointers)
+    shared: Pointers = pointers | {
+        "first": "*bf16",
+        "second": "*bf16",
+        "shift": "*fp32",
+        "rows": None,
+    }
+    own: Pointers = shared | {"first": "*fp32", "second": "*fp32", "rows": "*i64", "weights": None}
+    methods = ("tensorpoly-1", EXPERTS, BYTES, shared), ("tensorpoly-2", 1, 4, own)
+    for method, experts, size, types in methods:
+        for width, leaf in WIDTHS.items():
+            sides = factored.Sides(RANK, leaf, leaf, size, "tf32")
+            for tokens in (32, 2048):
+                use, shift = f"{method} d={width} T={tokens}", {"ROWS_A_SHIFT": RANK}
+                tile = {**factored.shrink_tile(tokens, experts, sides), **shift}
+                yield Build(factored.factored_shrink_kernel, use, tile, types)
+                tile = {**factored.expand_tile(tokens, experts, sides), **shift}
+                yield Build(factored.factored_expand_kernel, use, tile, types)
+
+
+def compile_for(build: Build, target: int) -> Resources:
+    """Compile for compute capability `target` (80 for sm_80) and read the result's resources."""
+    names = build.kernel.arg_names
+    constants: dict[str, Any] = {name: build.tile[name] for name in names if name in build.tile}
+    signature, attributes = dict[str, str](), {}
+    for position, name in enumerate(names):
+        kind = build.pointers.get(name, "i32")
+        if name in constants or kind is None:
+            constants.setdefault(name, None)
+            signature[name] = "constexpr"
+            continue
+        signature[name] = kind
+        if name not in ("tokens", "modules"):  # addresses, widths and strides come in sixteens
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(build.kernel, signature, constants, attributes)
+    options = {name: build.tile[name] for name in OPTIONS}
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    registers, *spilled = _resource_usage(compiled.asm["cubin"])
+    return Resources(registers, sum(spilled), compiled.metadata.shared)
+
+
+def _resource_usage(cubin: bytes) -> list[int]:
+    """Registers a thread, bytes of stack and of local memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    match = USAGE.search(report)
+    if match is None:
+        raise RuntimeError(f"no resource usage in the report of {command[0]}: {report!r}")
+    return [int(number) for number in match.groups()]
+
+
+def table() -> str:
+    """The Markdown document."""
+    lines = [
+        "# What the Triton kernels need of a GPU",
+        "",
+        f"Written by `make triton-table` with Triton {triton.__version__}:",
+        "`python -m bench.kernels.triton_resources --out tests/results/triton_resources.md`.",
+        "bfloat16, E = 8, r = 16, I = J = 16; tensorpoly-2's leaves are float32.",
+        "",
+        "| kernel | use | tile | target | registers/thread | spilled bytes | shared KiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for build in builds():
+        for target in TARGETS:
+            found = compile_for(build, target)
+            cells = *build.key, f"sm_{target}", found.registers, found.spilled
+            lines.append(" | ".join(map(str, ("|", *cells, f"{found.shared / 1024:.1f} |")))[2:])
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the table, in Markdown")
+    parser.parse_args().out.write_text(table())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""The server's own faults: clients that leave, an engine that fails, too much at once."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from polyrex.server.errors import EngineError
+from support.fake_server import FakeEngine, Serve, Served
+
+from .test_completions import events
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    """Wait until it holds; the test's own time limit is the only one that is short."""
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never came to hold")
+
+
+def send(served: Served, body: dict[str, object]) -> socket.socket:
+    """A connection on which a completion has been asked for."""
+    port = served.client.base_url.port or 0
+    content = json.dumps(body).encode()
+    connection = socket.create_connection(("127.0.0.1", port), timeout=10)
+    connection.sendall(
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        + f"Content-Length: {len(content)}\r\n\r\n".encode()
+        + content
+    )
+    return connection
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_client_that_leaves_ends_its_requests(serve: Serve, stream: bool, n: int) -> None:
+    served = serve(FakeEngine(hang=True), max_in_flight=n)
+    with send(served, {"prompt": "x", "stream": stream, "n": n}):
+        eventually(lambda: len(served.engine.running) == n)
+    eventually(lambda: len(served.engine.aborted) == n)
+    served.engine.hang = False
+    eventually(lambda: served.complete(n=n).status_code == 200)  # and its place is free again
+
+
+def test_a_request_that_fails_in_the_engine_is_500(serve: Serve) -> None:
+    served = serve(FakeEngine(failure=EngineError("out of blocks")))
+    response = served.complete()
+    assert response.status_code == 500
+    assert response.json()["error"]["message"] == "out of blocks"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_unexpected_error_tells_nothing_of_itself(serve: Serve) -> None:
+    served = serve(FakeEngine(failure=RuntimeError("/secret/path 0xdeadbeef")))
+    response = served.complete()
+    assert response.status_code == 500
+    assert response.json()["error"]["message"] == "the server failed on this request"
+
+
+def test_one_failing_choice_ends_the_others(serve: Serve) -> None:
+    served = serve(FakeEngine(failure=EngineError("no")))
+    assert served.complete(n=4).status_code == 500
+    assert not served.engine.running
+
+
+@pytest.mark.parametrize("failure", [EngineError("broken"), RuntimeError("secret")])
+def test_a_stream_that_fails_ends_with_an_error_and_no_done(
+    serve: Serve, failure: Exception
+) -> None:
+    served = serve(FakeEngine(failure=failure))
+    *_, last = events(served, prompt="x", max_tokens=5)
+    assert json.loads(last)["error"]["type"] == "server_error"
+    assert "secret" not in last
+
+
+def test_a_stream_that_fails_before_its_first_token_is_an_error_response(serve: Serve) -> None:
+    served = serve()
+    served.engine.down = True
+    response = served.complete(stream=True)
+    assert response.status_code == 503
+    assert response.headers["retry-after"] == "1"
+
+
+def test_more_than_the_limit_is_429(serve: Serve) -> None:
+    served = serve(FakeEngine(hang=True), max_in_flight=2)
+    with send(served, {"prompt": "x", "n": 2}):
+        eventually(lambda: len(served.engine.running) == 2)
+        refused = served.complete()
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) > 0
+    served.engine.hang = False
+    eventually(lambda: served.complete().status_code == 200)
+
+
+def test_more_completions_than_can_ever_be_admitted_are_400(serve: Serve) -> None:
+    served = serve(FakeEngine(), max_in_flight=3)
+    assert served.complete(n=4).status_code == 400
+
+
+def test_not_ready_while_the_engine_starts(serve: Serve) -> None:
+    gate = threading.Event()
+    served = serve(FakeEngine(start_delay=gate))
+    assert served.client.get("/readyz").status_code == 503
+    assert served.client.get("/livez").status_code == 200
+    assert served.complete().status_code == 503
+    gate.set()
+    eventually(lambda: served.client.get("/readyz").status_code == 200)
+    assert served.complete().status_code == 200
+
+
+def test_neither_alive_nor_ready_when_the_engine_failed_to_start(serve: Serve) -> None:
+    served = serve(FakeEngine(down=True, failure=RuntimeError("no memory")))
+    assert served.client.get("/readyz").status_code == 503
+    assert served.client.get("/livez").status_code == 503
+
+
+def test_neither_alive_nor_ready_when_the_engine_is_down(served: Served) -> None:
+    assert served.client.get("/readyz").status_code == 200
+    served.engine.down = True
+    assert served.client.get("/readyz").status_code == 503
+    assert served.client.get("/livez").status_code == 503
+
+
+def test_metrics_count_requests_without_labels_of_the_clients_making(served: Served) -> None:
+    served.complete(task="no-such-task")
+    served.complete(max_tokens=2)
+    served.client.request("BREW", "/made/up/path")
+    text = served.client.get("/metrics").text
+    assert 'vllm:request_success_total{finished_reason="length"} 1.0' in text
+    assert "vllm:num_requests_waiting 0.0" in text
+    assert "vllm:prompt_tokens_total 11.0" in text
+    assert 'polyrex_adapter_steps_total{path="composed"} 5.0' in text
+    assert 'polyrex_http_requests_total{method="other",route="none",status="404"} 1.0' in text
+    assert "no-such-task" not in text
+    assert "made/up" not in text

@@ -1,0 +1,192 @@
+"""From a few rows to a live task, over HTTP: what the worker says becomes events and a task.
+
+The worker is played by a script here; tests/server/test_real_server.py fits with the real one.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from polyrex.server.cli.main import COMMANDS, command_line
+from polyrex.server.requests import fitting
+from support.fake_server import Serve, Served
+
+if TYPE_CHECKING:
+    from support.random_inventory import MakeRouter
+
+ROWS = [{"input": f"thing {n}", "answer": "yes", "options": ["yes", "no"]} for n in range(8)]
+BODY = {"instruction": "Is it?", "rows": ROWS}
+SCORED = {
+    "event": "scored",
+    "metric": "rank_classification_accuracy",
+    "rows": 2,
+    "base": 0.25,
+    "adapted": 0.5,
+    "standard_error": 0.1,
+}
+
+Play = Callable[..., None]
+
+
+@pytest.fixture
+def play(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, make_router: MakeRouter) -> Play:
+    """Has a script play the worker: `play(events..., router=b"", ending="")`."""
+
+    def make(*events: dict[str, Any], router: bytes | None = None, ending: str = "") -> None:
+        (tmp_path / "router").write_bytes(make_router(1) if router is None else router)
+        script = (
+            "import json, os, sys, time, shutil\n"
+            f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+            "job = json.loads(sys.stdin.read())\n"
+            f"open({str(tmp_path / 'job.json')!r}, 'w').write(json.dumps(job))\n"
+            f"shutil.copy({str(tmp_path / 'router')!r}, job['out'])\n"
+            f"for event in {list(events)!r}:\n"
+            "    print(json.dumps(event), flush=True)\n"
+            f"{ending}\n"
+        )
+        monkeypatch.setattr(fitting, "COMMAND", (sys.executable, "-c", script))
+
+    return make
+
+
+def events_of(response: httpx.Response) -> list[dict[str, Any]]:
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+    return [json.loads(line) for line in lines if line != "[DONE]"]
+
+
+def fit(served: Served, name: str = "fitted", **changes: Any) -> httpx.Response:
+    return served.client.post(f"/v1/tasks/{name}/fit", json=BODY | changes)
+
+
+def test_fitted_task_is_registered_where_it_beats_the_base(served: Served, play: Play) -> None:
+    play({"event": "started"}, {"event": "progress", "step": 1}, SCORED)
+    response = fit(served)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    events = events_of(response)
+    kinds = [event["event"] for event in events]
+    assert kinds == ["started", "progress", "scored", "registered"]
+    assert events[-1]["task"] == served.client.get("/v1/tasks/fitted").json()
+    assert response.text.endswith("data: [DONE]\n\n")
+
+
+def test_worker_gets_the_servers_model_inventory_and_rows(
+    served: Served, play: Play, tmp_path: Path
+) -> None:
+    play(SCORED)
+    fit(served)
+    job = json.loads((tmp_path / "job.json").read_text())
+    assert job["base"] == "base"
+    assert job["rows"] == ROWS
+    assert job["task"] == "fitted"
+    assert Path(job["inventory"]).exists()
+
+
+@pytest.mark.parametrize("adapted", [0.25, 0.1])
+def test_task_that_does_no_better_is_refused_with_its_score(
+    served: Served, play: Play, adapted: float
+) -> None:
+    play(SCORED | {"adapted": adapted})
+    last = events_of(fit(served))[-1]
+    assert last["event"] == "refused"
+    assert (last["base"], last["adapted"]) == (0.25, adapted)
+    assert served.client.get("/v1/tasks/fitted").status_code == 404
+
+
+def test_task_that_is_there_is_replaced_only_when_asked(served: Served, play: Play) -> None:
+    play(SCORED)
+    fit(served)
+    assert fit(served).status_code == 409
+    assert fit(served, replace=True).status_code == 200
+
+
+def test_worker_that_fails_ends_the_events_with_its_error(served: Served, play: Play) -> None:
+    play({"event": "started"}, {"event": "failed", "message": "no such thing"})
+    last = events_of(fit(served))[-1]
+    assert last["error"]["code"] == "fit_failed"
+    assert last["error"]["message"] == "no such thing"
+
+
+def test_worker_that_dies_is_an_error(served: Served, play: Play) -> None:
+    play({"event": "started"}, ending="sys.exit(3)")
+    assert "status 3" in events_of(fit(served))[-1]["error"]["message"]
+    play(SCORED)
+    assert events_of(fit(served))[-1]["event"] == "registered"  # the next one is let in
+
+
+def test_router_that_does_not_fit_is_refused(served: Served, play: Play) -> None:
+    play(SCORED, router=b"no router")
+    assert events_of(fit(served))[-1]["error"]["code"] == "invalid_router"
+
+
+def test_one_task_is_fitted_at_a_time_and_ends_with_its_client(
+    served: Served, play: Play, tmp_path: Path
+) -> None:
+    play({"event": "started"}, ending="time.sleep(600)")
+    with served.client.stream("POST", "/v1/tasks/fitted/fit", json=BODY) as response:
+        lines = response.iter_lines()
+        assert "started" in next(lines)
+        assert fit(served, "another").status_code == 429
+        worker = psutil.Process(int((tmp_path / "pid").read_text()))
+    for _ in range(200):
+        if not worker.is_running():
+            break
+        time.sleep(0.05)
+    assert not worker.is_running()
+    play(SCORED)
+    assert fit(served, "another").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": ROWS[:7]}, "rows: List should have at least 8 items"),
+        ({"rows": [*ROWS, {"input": "a", "answer": "maybe", "options": ["yes", "no"]}]}, "maybe"),
+        ({"instruction": ""}, "instruction"),
+        ({"steps": 5}, "unknown field 'steps'"),
+    ],
+    ids=["few", "answer", "instruction", "unknown"],
+)
+def test_body_that_cannot_be_fitted_is_400(
+    served: Served, changes: dict[str, Any], message: str
+) -> None:
+    response = fit(served, **changes)
+    assert response.status_code == 400
+    assert message in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("Not A Name", "a task name matches"), ("base", "the base model's name")]
+)
+def test_name_that_no_task_may_have_is_400(serve: Serve, name: str, message: str) -> None:
+    response = fit(serve(), name)
+    assert response.status_code == 400
+    assert message in response.json()["error"]["message"]
+
+
+def polyrex_fit(served: Served, rows: Path) -> Any:
+    command = ["fit", "--task", "fitted", "--rows", str(rows), "--instruction", "Is it?"]
+    return CliRunner().invoke(command_line(COMMANDS), [*command, "--server", served.url])
+
+
+def test_command_fits_and_prints_the_task(served: Served, play: Play, tmp_path: Path) -> None:
+    play({"event": "progress", "step": 1, "steps": 2, "loss": 1.5}, SCORED)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps(row | {"split": "train"}) for row in ROWS) + "\n")
+    done = polyrex_fit(served, rows)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["task"]["name"] == "fitted"
+    again = polyrex_fit(served, rows)
+    assert again.exit_code == 1
+    assert "task_exists" in again.output
+    rows.write_text("no row\n")
+    assert "rows.jsonl:1: not a row" in polyrex_fit(served, rows).output

@@ -1,0 +1,208 @@
+"""Scoring a task: rank classification and exact match."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from polyrex.adapters.model.attach import AdaptedModel
+from polyrex.kernels.routing import StepRouting
+from polyrex.training.data.batches import by_length, encode_answer
+from polyrex.training.data.questions import Question, last_hidden
+from polyrex.training.data.tasks import Metric, Row, Split, Task, prompt_of
+
+
+@dataclass(frozen=True)
+class Score:
+    """A task's score on one split, a share of `rows` that came out right."""
+
+    metric: Metric
+    rows: int
+    value: float
+
+    @property
+    def standard_error(self) -> float:
+        """Of a share of independent rows."""
+        return math.sqrt(self.value * (1 - self.value) / max(1, self.rows))
+
+
+@contextmanager
+def routed(adapted: AdaptedModel, logits: Tensor | None) -> Iterator[None]:
+    """Within it, every forward pass of the model is routed by `logits` [groups, R]; None: the base.
+
+    All tokens are of one task, whose adapter is composed once, where tokens do not choose.
+    """
+    base: Any = adapted.model
+    if logits is not None:
+        weights = adapted.route(logits.detach()).unsqueeze(0)  # [1, M, W]
+        row = torch.zeros(1, dtype=torch.int64, device=weights.device)
+        adapted.context.step = StepRouting(weights, row, base.dtype)
+        adapted.compose(weights, base.dtype)
+    try:
+        yield
+    finally:
+        adapted.release()
+
+
+@torch.inference_mode()
+def evaluate(
+    adapted: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    logits: Tensor | None,
+    *,
+    split: Split = "test",
+    batch_tokens: int = 4096,
+) -> Score:
+    """Score one split of a task under a router's logits [groups, R]; None scores the base model.
+
+    rank_classification_accuracy: the option with the highest mean token log-probability after the
+    prompt is the answer. exact_match: greedy text up to the first newline, stripped.
+    """
+    rows = task.rows[split]
+    prompts = [tokenizer.encode(prompt_of(task.instruction, row)) for row in rows]
+    judge = _rank if task.metric == "rank_classification_accuracy" else _match
+    with routed(adapted, logits):
+        right = judge(adapted, tokenizer, rows, prompts, batch_tokens)
+    return Score(task.metric, len(rows), sum(right) / max(1, len(rows)))
+
+
+@dataclass(frozen=True)
+class OptionScore:
+    """How an option does after its prompt: its mean token log-probability, and whether greedy
+    decoding would give its tokens."""
+
+    logprob: float
+    greedy: bool
+
+
+def option_scores(
+    adapted: AdaptedModel, questions: Sequence[Question], stops: Sequence[int] = ()
+) -> list[list[OptionScore]]:
+    """For each question, the scores of its options, under its own intuition or the routing set.
+
+    `stops`: tokens that count as one another for `greedy`, as they all end an answer.
+    """
+    base: Any = adapted.model
+    own = [q.intuition for q in questions if q.intuition is not None]
+    if own:
+        weights = adapted.route(torch.stack(own).unsqueeze(1))
+        adapted.context.step = StepRouting(weights, torch.arange(len(own)), base.dtype)
+    hidden = last_hidden(base, questions)
+    rows = [row for row, question in enumerate(questions) for _ in question.sources]
+    sources = [source for question in questions for source in question.sources]
+    wanted = torch.tensor([t for q in questions for option in q.options for t in option])
+    # The last token of a prompt predicts the first one of every option: it is looked at once.
+    places, which = torch.unique(torch.tensor([rows, sources]), dim=1, return_inverse=True)
+    logits = base.get_output_embeddings()(hidden[places[0], places[1]]).float()
+    picked = logits[which, wanted] - logits.logsumexp(-1)[which]
+    best = logits.argmax(-1)[which]
+    ends = torch.tensor(list(stops))
+    greedy = (best == wanted) | (torch.isin(best, ends) & torch.isin(wanted, ends))
+    lengths = [len(option) for question in questions for option in question.options]
+    scores = iter(
+        OptionScore(logprobs.mean().item(), bool(right.all()))
+        for logprobs, right in zip(
+            torch.split(picked, lengths), torch.split(greedy, lengths), strict=True
+        )
+    )
+    return [[next(scores) for _ in question.options] for question in questions]
+
+
+def _rank(
+    adapted: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    prompts: Sequence[Sequence[int]],
+    batch_tokens: int,
+) -> list[bool]:
+    questions = [
+        Question(tuple(prompt), tuple(encode_answer(tokenizer, o) for o in row.options or ()))
+        for prompt, row in zip(prompts, rows, strict=True)
+    ]
+    found = score_questions(adapted, questions, batch_tokens=batch_tokens)
+    return [
+        (row.options or ())[best_option(scores)] == row.answer
+        for row, scores in zip(rows, found, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def score_questions(
+    adapted: AdaptedModel,
+    questions: Sequence[Question],
+    *,
+    stops: Sequence[int] = (),
+    batch_tokens: int = 4096,
+) -> list[list[OptionScore]]:
+    """`option_scores` of any number of questions, in batches of alike lengths."""
+    found: list[list[OptionScore]] = [[]] * len(questions)
+    for indices in by_length([len(question) for question in questions], batch_tokens):
+        batch = option_scores(adapted, [questions[i] for i in indices], stops)
+        for index, scores in zip(indices, batch, strict=True):
+            found[index] = scores
+    return found
+
+
+def best_option(scores: Sequence[OptionScore]) -> int:
+    """The option of the highest mean token log-probability: rank classification's answer."""
+    return max(range(len(scores)), key=lambda i: scores[i].logprob)
+
+
+def greedy_texts(
+    adapted: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+) -> list[str]:
+    """The greedy continuation of each prompt, up to the first newline, under the routing set."""
+    newline = tokenizer.encode("\n", add_special_tokens=False)[-1]
+    width = max(map(len, prompts))
+    tokens = torch.full((len(prompts), width), tokenizer.eos_token_id)
+    mask = torch.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):  # on the left, so that all prompts end together
+        tokens[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    base: Any = adapted.model
+    # The last positions of a padded batch are strided, for which torch would copy the head's weight
+    # once a row, gigabytes in all.
+    handle = base.get_output_embeddings().register_forward_pre_hook(
+        lambda _, args: (args[0].contiguous(),)
+    )
+    try:
+        out = base.generate(
+            input_ids=tokens,
+            attention_mask=mask,
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            eos_token_id=[tokenizer.eos_token_id, newline],
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    finally:
+        handle.remove()
+    texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in out[:, width:]]
+    return [text.split("\n")[0] for text in texts]
+
+
+def _match(
+    adapted: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    prompts: Sequence[Sequence[int]],
+    batch_tokens: int,
+) -> list[bool]:
+    # No text longer than the longest answer can match one.
+    longest = max(len(encode_answer(tokenizer, row.answer)) for row in rows) + 1
+    right = [False] * len(rows)
+    for indices in by_length([len(p) + longest for p in prompts], batch_tokens):
+        texts = greedy_texts(adapted, tokenizer, [prompts[i] for i in indices], longest)
+        for index, text in zip(indices, texts, strict=True):
+            right[index] = text.strip() == rows[index].answer.strip()
+    return right
