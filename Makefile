@@ -10,7 +10,7 @@ FOLDERS := $(shell find adapters kernels server training -type d -not -name __py
 export POLYREX_CACHE ?= $(CURDIR)/.cache
 export HF_HUB_OFFLINE := 1
 
-.PHONY: serve serve-vllm test test-vllm-full bench bench-vllm bench-train bench-fit bench-intuition \
+.PHONY: serve serve-vllm check test test-vllm-full bench bench-vllm bench-train bench-fit bench-intuition \
 	bench-compress fit-gain study train clean triton-table
 
 serve: $(BIN)/.installed
@@ -27,9 +27,17 @@ test: $(BIN)/.vllm
 	@$(BIN)/mypy --no-error-summary tests
 	@$(BIN)/python -m pytest --quiet --no-header $(ARGS)
 
+# The quick loop: style, types, and the tests that need neither vLLM nor the real base model.
+check: $(BIN)/.installed
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/mypy --no-error-summary $(PACKAGES:%=-p %)
+	@$(BIN)/mypy --no-error-summary tests
+	@$(BIN)/python -m pytest --quiet --no-header -m "not full and not real_model and not vllm" $(ARGS)
+
 # Every method on vLLM with the real base model; writes tests/results/vllm_same_tokens.json.
 test-vllm-full: $(BIN)/.vllm
-	@$(BIN)/python -m pytest --quiet --no-header -m full tests/engines $(ARGS)
+	@$(BIN)/python -m pytest --quiet --no-header -m full tests/server/engines/vllm $(ARGS)
 
 # Run on a quiet machine; ends with one line of JSON.
 bench: $(BIN)/.installed

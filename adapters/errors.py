@@ -1,19 +1,20 @@
 """Every error that polyrex raises on purpose.
 
 PolyrexError
-├── SpecError            hyperparameters that make no adapter
-│   └── UnknownMethod    no method of that name
-├── FileError            a file that is not what it should be
+├── SpecError            hyperparameters that do not make an adapter
+│   └── UnknownMethod    no method has that name
+├── FileError            a file that cannot be used
 │   ├── MalformedFile    truncated, not safetensors, foreign or newer format, missing metadata
 │   ├── TensorMismatch   a tensor's name, shape, dtype or values
 │   ├── BaseModelMismatch    an inventory for another base model
 │   └── InventoryMismatch    a router for another inventory
-├── TaskError            the registry cannot do what was asked
+├── TaskError            the registry refuses an operation
 │   ├── UnknownTask
 │   ├── TaskExists
 │   └── InvalidTaskName
 └── DataError            rows or a manifest that cannot be read
-The server adds its own below this root (server/errors.py), and turns all of them into HTTP there.
+The server adds its own below this root (server/errors.py), and server/http/error_handlers.py turns
+all of them into HTTP.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ class PolyrexError(Exception):
 
 
 class SpecError(PolyrexError):
-    """Hyperparameters that make no adapter."""
+    """Hyperparameters that do not make an adapter."""
 
 
 class UnknownMethod(SpecError):
-    """No adapter method of that name."""
+    """No adapter method has that name."""
 
 
 class FileError(PolyrexError):
-    """A file that is not what it should be; the message names the file."""
+    """A file that cannot be used; the message names it."""
 
 
 class MalformedFile(FileError):
@@ -52,11 +53,11 @@ class InventoryMismatch(FileError):
 
 
 class TaskError(PolyrexError):
-    """The task registry cannot do what was asked."""
+    """The task registry refuses an operation."""
 
 
 class UnknownTask(TaskError):
-    """No task of that name."""
+    """No task has that name."""
 
 
 class TaskExists(TaskError):

@@ -1,4 +1,4 @@
-"""What an adapter is made of: the method with its hyperparameters, and the modules it sits on."""
+"""The make-up of an adapter: a method with its hyperparameters, and the target modules."""
 
 from __future__ import annotations
 
@@ -19,27 +19,34 @@ TrexForm = Literal["mix", "diagonal", "static"]
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """A method and its hyperparameters; what a method does not use stays at its default.
-
-    `rank` is the LoRA rank r, and the number I of rank-one experts on the input side of T-REX;
-    `rank_out` is J, the number on its output side. `granularity` says how many modules share one
-    row of routing logits: each its own (`module`, the papers' fine), one a transformer block, or
-    one for the model. `intuition` is the number of centroids that T-REX knows texts by; a router
-    then holds a text's (or a task's) cosines with them, for the whole model.
-    """
+    """A method and its hyperparameters; a method leaves the fields that it does not use alone."""
 
     method: str
+    """The adapter method."""
     rank: int = 16
+    """LoRA rank r; for trex the number I of rank-one experts on the input side."""
     experts: int = 1
+    """Experts E of a module."""
     order: int = 2
+    """Tensor order N: how many leaves are multiplied out to a row."""
     splits: int = 1
+    """Blocks S that mhr cuts both dimensions into."""
     norm: Norm = "layer"
+    """Normalisation of tensor products: layer, or none."""
     alpha: float | None = None
+    """LoRA's alpha, which the delta is multiplied by and the rank divides; 1 if not given."""
     form: TrexForm = "mix"
+    """Form of trex: mix gates every pair of experts, diagonal only equal ones, static per task."""
     rank_out: int | None = None
+    """For trex, the number J of rank-one experts on the output side; as many as I if not given."""
     top_k: int | None = None
+    """Gates that sira keeps for a token; 6 if not given."""
     granularity: Granularity = "module"
+    """Which modules share a row of routing logits: none (module), those of a block, or all (model).
+    """
     intuition: int | None = None
+    """Centroids of T-REX's intuition; the paper has 32. A router then holds a text's (or a task's)
+    cosines with them, for the whole model. No intuition if not given."""
 
     def __post_init__(self) -> None:
         for name in ("rank", "experts", "order", "splits", "rank_out", "top_k", "intuition"):
@@ -57,16 +64,26 @@ class AdapterSpec:
                     f"got {getattr(self, name)!r}"
                 )
 
+    @property
+    def outer_rank(self) -> int:
+        """J, the number of rank-one experts on the output side of T-REX."""
+        return self.rank if self.rank_out is None else self.rank_out
+
+    @property
+    def gates(self) -> int:
+        """How many gates a module of T-REX has: I * J pairs, or I in the diagonal form."""
+        return self.rank if self.form == "diagonal" else self.rank * self.outer_rank
+
     def to_json(self) -> str:
-        """The hyperparameters as one line of JSON, as it stands in file metadata."""
+        """The hyperparameters as one line of JSON, as files store them."""
         values = asdict(self)
         if self.intuition is None:
-            del values["intuition"]  # files from before there was one say the same
+            del values["intuition"]  # older files have no such key
         return json.dumps(values, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> AdapterSpec:
-        """Read what `to_json` wrote; raises SpecError on fields that this version does not know."""
+        """The inverse of `to_json`; raises SpecError on fields that this version does not know."""
         try:
             values: dict[str, Any] = json.loads(text)
             unknown = set(values) - {f.name for f in fields(cls)}

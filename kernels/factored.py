@@ -1,12 +1,13 @@
-"""Adapters whose sides are tensor products of a task's own leaves.
+"""The sides of adapters that are tensor products of leaves, kept as leaves.
 
-The compiled operator, `torch.ops.polyrex.factored_add_` (contract: own_state_layer.py; source:
-factored.cpp), computes for each token and module `h_k = first_k^T X second_k - shift_k sum(X)` with
-X = x in rows of q, and adds `sum_k h_k (first_k (x) second_k - shift_k)`, with the B side's leaves,
-to y. Neither A nor B exists at any time. A task's state is, for the A side, first [p, 16], second
-[q, 16], shift [16], for the B side first [p', 16], second [16, q'], shift [16]; the rows of A's
-second and the columns of B's are rounded up to 16. They are in the dtype of x and y, but for the
-shifts, which are float32; in bfloat16 the rows of each second lie in twos, [n / 2, ., 2].
+The compiled operator, `torch.ops.polyrex.factored_add_` (signature: `modules.TaskState`; source:
+cpu/csrc/factored.cpp), computes `h_k = first_k^T X second_k - shift_k sum(X)` for each token and
+module, with X = x in rows of q, and adds `sum_k h_k (first_k (x) second_k - shift_k)`, from the
+leaves of the B side, to y. It never builds A or B. A task's state is first [p, 16], second [q, 16]
+and shift [16] for the A side, then first [p', 16], second [16, q'] and shift [16] for the B side;
+the rows of A's second and the columns of B's are padded to multiples of 16. All are in the dtype of
+x and y but the shifts, which are float32; in bfloat16 the rows of each second are interleaved in
+pairs, [n / 2, ., 2].
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polyrex.kernels.cpu.task_state import in_twos
+from .packing import in_twos
 
 RANK = 16
-"""The most rank rows that the operator holds in a register."""
+"""The highest rank that the operator takes: one register holds a float for each rank row."""
 
 
 @dataclass(frozen=True)
 class FactoredSides:
-    """Both sides of D tasks' adapters, or of D experts, every scale folded in.
+    """Both sides of D tasks' adapters, or of D experts, with every scale folded in.
 
-    a_first [D, r, p], a_second [D, r, q], a_shift [D, 1], None for 0; the same for b.
+    a_first [D, r, p], a_second [D, r, q], a_shift [D, 1] or None for 0; the same for b.
     """
 
     a_first: Tensor
@@ -46,17 +47,17 @@ class FactoredSides:
         return tuple(side.shape[2] for side in sides)
 
     def packed(self, dtype: torch.dtype) -> Tensor:
-        """[D, size]: the operator's layout."""
+        """[D, size]: each task's leaves in the operator's layout."""
         tasks, rank, _ = self.a_first.shape
 
         def columns(leaves: Tensor) -> Tensor:  # [D, r, n] -> [D, n, 16]
             return F.pad(leaves, (0, 0, 0, RANK - rank)).transpose(1, 2)
 
-        def shifts(shift: Tensor | None) -> Tensor:  # [D, 16] float32, as it lies in memory
-            whole = torch.zeros(tasks, RANK)
+        def shifts(shift: Tensor | None) -> Tensor:  # the bytes of [D, 16] float32
+            by_row = torch.zeros(tasks, RANK)
             if shift is not None:
-                whole[:, :rank] = shift
-            return whole.view(dtype)
+                by_row[:, :rank] = shift
+            return by_row.view(dtype)
 
         widened = F.pad(self.b_second, (0, -self.b_second.shape[2] % RANK, 0, RANK - rank))
         second = columns(self.a_second)

@@ -1,5 +1,7 @@
-"""The routed low-rank product on the shared path: no task's weights are ever built, and its cost
-does not depend on how many tasks there are."""
+"""The routed low-rank product on the shared path.
+
+It never builds the weights of a task, and its cost does not depend on the number of tasks.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,9 @@ from torch import Tensor
 
 
 def rank_space_reference(x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
-    """The slow float32 twin of `rank_space`: builds A_t and B_t for every token, in a loop.
+    """The slow float32 twin of `rank_space`: builds A_t and B_t of every token, in a loop.
 
-    Same arguments. Returns float32 [T, d_out].
+    Takes the same arguments. Returns float32 [T, d_out].
     """
     x, a, b, weights = (t.float() for t in (x, a, b, weights))
     splits, experts = weights.shape[1:]
@@ -29,10 +31,10 @@ def rank_space_reference(x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> Te
 
 
 def rank_space(x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
-    """delta_t = (sum_e w_te B_e)(sum_e w_te A_e) x_t, block by block where S > 1.
+    """`delta_t = (sum_e w_te B_e)(sum_e w_te A_e) x_t`, block by block if S > 1.
 
-    Semantics, for S = 1: `h = sum_e w_e (A_e x)`; `delta = sum_e w_e (B_e h)`. With S splits the
-    input blocks are summed into one h, and output block s is mixed with its own weights.
+    Semantics for S = 1: `h = sum_e w_e (A_e x)`; `delta = sum_e w_e (B_e h)`. With S splits, the
+    products of all input blocks are summed into one h, and output block s has weights of its own.
 
     | argument | shape | meaning |
     |---|---|---|
@@ -48,7 +50,7 @@ def rank_space(x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     if splits == 1:
         shrunk = F.linear(x, a[0]).view(tokens, experts, rank)
         columns = weights.view(tokens, experts, 1)
-        # Products and a sum, not bmm, which is slow on many tiny matrices.
+        # Products and a sum: bmm is slow on many tiny matrices.
         hidden = (shrunk * columns).sum(1, keepdim=True)  # [T, 1, r]
         return (hidden * columns).view(tokens, experts * rank) @ b[0]
     blocks = x.view(tokens, splits, a.shape[2]).transpose(0, 1)  # [S, T, d_in/S]

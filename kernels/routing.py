@@ -1,6 +1,6 @@
-"""Routing weights as the layers read them: the table of slots, and one forward pass's view of it.
+"""Routing weights as layers read them: the table of slots, and the rows that one step reads.
 
-A row of zeros means no adapter: every method's delta is exactly 0 for it. Slot 0 is that row.
+A row of zeros means no adapter: every method's delta is exactly 0 for it. Slot 0 is such a row.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .step_plan import SHARED, Plan, Planner, SharedOnly, log_change
+from .step_plan import SHARED, Planner, SharedOnly, StepPlan, log_change
 
 
 @dataclass(frozen=True)
 class StepRouting:
-    """The routing of one forward pass over M modules, gathered once for all of them.
+    """The routing of one forward pass, gathered once for all M modules.
 
-    T tokens, D distinct rows of W weights a module.
+    It has T tokens and D distinct rows, each of W weights a module.
     """
 
-    weights: Tensor  # [D, M, W] float32, one entry per distinct row
-    rows: Tensor  # [T] int64, which of the D each token uses
-    dtype: torch.dtype
-    plan: Plan = SHARED
+    weights: Tensor  # [D, M, W] float32
+    rows: Tensor  # [T] int64, the row of each token among the D
+    dtype: torch.dtype  # of the products
+    plan: StepPlan = SHARED
     _spread: dict[int, StepRouting] = field(default_factory=dict, repr=False, compare=False)
 
     def spread(self, tokens: int) -> StepRouting:
-        """The same rows for `tokens` in all, each for as many one after the other.
+        """The same routing for `tokens` tokens: each row is repeated for an equal run of them.
 
-        What a padded batch needs, whose rows are of one task each.
+        For padded batches, in which each sequence belongs to one task.
         """
         if tokens == len(self.rows):
             return self
@@ -40,7 +40,7 @@ class StepRouting:
             self._spread[tokens] = StepRouting(self.weights, rows, self.dtype)
         return self._spread[tokens]
 
-    # Cut into modules by one unbind: the gradient of indexing one module would be a tensor of all.
+    # One unbind for all modules: the gradient of indexing one would be a tensor of the size of all.
     @cached_property
     def row_weights(self) -> tuple[Tensor, ...]:
         """M times [D, W] float32."""
@@ -58,32 +58,32 @@ class StepRouting:
 
     @cached_property
     def places(self) -> Tensor:
-        """[T] int64: where each token's task has its state, by the plan; -1 for the base model."""
+        """[T] int64: the place of the state of each token's task; -1 for the base model."""
         by_row = torch.full((len(self.weights),), -1, device=self.rows.device)
-        for row, entry in self.plan.entries:
-            by_row[row] = entry.place
+        for row, place in self.plan.places:
+            by_row[row] = place.number
         return by_row[self.rows]
 
     def module(self, index: int) -> ModuleRouting:
-        """The part that target module number `index` reads."""
+        """The routing of target module number `index`."""
         return ModuleRouting(self, index)
 
 
 @dataclass(frozen=True)
 class ModuleRouting:
-    """What one target module sees of a forward pass."""
+    """The routing of one target module in one forward pass."""
 
     step: StepRouting
     index: int
 
     @property
     def weights(self) -> Tensor:
-        """[D, W] float32: the distinct rows."""
+        """[D, W] float32: the module's part of the distinct rows."""
         return self.step.row_weights[self.index]
 
     @property
     def rows(self) -> Tensor:
-        """[T] int64: the row of each token."""
+        """[T] int64: the row of each token among the D."""
         return self.step.rows
 
     @property
@@ -97,13 +97,13 @@ class Gathered:
     """The rows of a table that the tokens of one step read."""
 
     slots: tuple[int, ...]  # [T]
-    position: dict[int, int]  # of each distinct slot among them
-    weights: Tensor
-    rows: Tensor
+    position: dict[int, int]  # each distinct slot's row in `weights`
+    weights: Tensor  # [D, M, W] float32
+    rows: Tensor  # [T] int64
 
 
 class RoutingTable:
-    """Routing weights on the device: `slots` rows of [M, W]; row 0 is the base model."""
+    """Routing weights on the device: `slots` rows of [M, W], of which row 0 is the base model's."""
 
     def __init__(
         self,
@@ -120,16 +120,16 @@ class RoutingTable:
         self.weights = torch.zeros(slots, modules, width, device=device, dtype=dtype)
 
     def write(self, slot: int, weights: Tensor) -> None:
-        """Fill one row with M * W `weights`. Slot 0 stays zero: it is what base requests read."""
+        """Fill one row with M * W `weights`. Slot 0, which base requests read, stays zero."""
         assert slot > 0, "slot 0 is the base model"
         self._planner.forget(slot)
         self._gathered = None
         self.weights[slot].copy_(weights.view(self.weights.shape[1:]))
 
     def step(self, slots: Sequence[int], dtype: torch.dtype) -> StepRouting | None:
-        """The routing of a packed batch, `slots[t]` for each of its T tokens.
+        """The routing of a packed batch whose token t belongs to `slots[t]`.
 
-        None when every token belongs to the base model: the layers then add nothing at all.
+        None if every token belongs to the base model: layers then add nothing at all.
         """
         if not any(slots):
             return None
@@ -140,7 +140,7 @@ class RoutingTable:
         return StepRouting(gathered.weights, gathered.rows, dtype, plan=plan)
 
     def _gather(self, slots: tuple[int, ...]) -> Gathered:
-        """While the same requests go on, one step reads what the last one did."""
+        """The rows of a step; the last step's, as long as the same requests go on."""
         if self._gathered is None or self._gathered.slots != slots:
             position = {slot: row for row, slot in enumerate(sorted(set(slots)))}
             device = self.weights.device

@@ -1,21 +1,39 @@
-"""How the server and its engine are set up. The command line's defaults are read from here."""
+"""The settings of `polyrex serve`.
+
+Every field here is a flag, an environment variable and a key of a TOML file: the command line is
+made from these classes, and the docstring below a field is its help text.
+"""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Group, Parameter
+from cyclopts.types import NonNegativeInt, Port, PositiveInt
+
+FLAT = Parameter(name="*")
+"""The fields of this dataclass are options without a prefix."""
+
+_MODEL = Parameter(group=Group("Model and engine", sort_key=1))
+_SERVER = Parameter(group=Group("Server", sort_key=2))
+_LIMITS = Parameter(group=Group("Limits", sort_key=3))
+_EMBEDDED = Parameter(group=Group("Embedded engine", sort_key=4))
+_VLLM = Parameter(group=Group("vLLM engine", sort_key=5))
 
 
 class Dtype(StrEnum):
-    """What the model computes in."""
+    """The data type that the model computes in."""
 
     bfloat16 = "bfloat16"
     float32 = "float32"
 
 
 class Device(StrEnum):
-    """What the model computes on; auto is CUDA where there is one."""
+    """The device that the model runs on; auto is CUDA where there is one."""
 
     auto = "auto"
     cpu = "cpu"
@@ -23,77 +41,105 @@ class Device(StrEnum):
 
 
 class EngineName(StrEnum):
-    """What runs the model."""
+    """The engine that runs the model."""
 
     embedded = "embedded"
     vllm = "vllm"
 
 
 @dataclass(frozen=True)
-class EngineConfig:
+class EmbeddedConfig:
     """Sizes of the embedded engine."""
 
-    max_batch_tokens: int = 512
-    """Most tokens, prompts' and completions', in one forward pass."""
-    max_running: int = 64
+    max_batch_tokens: PositiveInt = 512
+    """Most tokens, of prompts and completions, in one forward pass."""
+    max_running: PositiveInt = 64
     """Most requests that generate at the same time; further ones wait."""
-    slots: int = 1024
-    """Rows of the routing table: most different task versions in use at the same time."""
-    state_bytes: int = 512 << 20
-    """What may be kept of single tasks in use, such as their composed adapters; with 0, rank-space
+    slots: PositiveInt = 1024
+    """Rows of the routing table: most task versions in use at the same time."""
+    state_bytes: NonNegativeInt = 512 << 20
+    """Bytes kept of single tasks in use, such as their composed adapters; with 0, rank-space
     methods run every step with the whole inventory."""
-    kv_cache_tokens: int = 16384
+    kv_cache_tokens: PositiveInt = 16384
     """Tokens whose keys and values fit in the cache, of all running requests together. Allocated
     at start: for SmolLM2-135M 23 KB a token in bfloat16, 46 KB in float32."""
 
 
 @dataclass(frozen=True)
-class VllmConfig:
-    """Sizes of the vLLM engine; what is not here is vLLM's default."""
+class VllmEngineConfig:
+    """Sizes of the vLLM engine; everything else is vLLM's default."""
 
-    max_batch_tokens: int = 2048
-    max_running: int = 128
-    slots: int = 1024
-    """Rows of the routing table: most different task versions in use at the same time."""
-    max_context: int | None = None
-    """Without, as much as the model was made for."""
-    state_bytes: int = 512 << 20
-    """As in EngineConfig, on every rank."""
-    kv_cache_bytes: int = 2 << 30
-    eager: bool = False
-    """Run without compiling: starts sooner."""
-    tensor_parallel: int = 1
+    max_batch_tokens: PositiveInt = 2048
+    """Most tokens, of prompts and completions, in one forward pass."""
+    max_running: PositiveInt = 128
+    """Most requests that generate at the same time; further ones wait."""
+    slots: PositiveInt = 1024
+    """Rows of the routing table: most task versions in use at the same time."""
+    max_context: PositiveInt | None = None
+    """Longest prompt and completion together; the model's own limit if not given."""
+    state_bytes: NonNegativeInt = 512 << 20
+    """Bytes kept of single tasks in use, on every rank."""
+    kv_cache_bytes: PositiveInt = 2 << 30
+    """Bytes of the cache of keys and values, on every rank."""
+    eager: Annotated[bool, Parameter(alias="--eager")] = False
+    """Run without compiling: starts sooner, answers more slowly."""
+    tensor_parallel: Annotated[PositiveInt, Parameter(alias="--tensor-parallel")] = 1
+    """Ranks that share the model."""
 
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """What the HTTP layer needs to know."""
+    """The settings of the HTTP layer."""
 
-    model: str
-    """The base model's id, as /v1/models and the `model` field show it."""
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key_digests: tuple[bytes, ...] = field(default=(), repr=False)
-    """sha256 of every key that is let in; none lets everybody in."""
-    max_in_flight: int = 256
-    """Completions admitted and not finished, running ones included; beyond it, 429."""
-    max_body_bytes: int = 1 << 20
-    max_header_bytes: int = 16 << 10
-    max_headers: int = 100
-    drain_seconds: int = 30
-    """How long running requests may take after SIGTERM."""
+    model: Annotated[str, _MODEL, Parameter(name="base")] = "smollm2-135m-instruct"
+    """The base model: a name, or a folder in Hugging Face's format. Clients see it as the model's
+    id."""
+    host: Annotated[str, _SERVER] = "127.0.0.1"
+    """Address to listen on."""
+    port: Annotated[Port, _SERVER] = 8000
+    """Port to listen on."""
+    api_key_digests: Annotated[tuple[bytes, ...], Parameter(parse=False)] = field(
+        default=(), repr=False
+    )
+    """sha256 of every API key, read from --api-key-file; with none, everybody is let in."""
+    max_in_flight: Annotated[PositiveInt, _LIMITS] = 256
+    """Most completions admitted and not finished, running ones included; beyond it, 429."""
+    max_body_bytes: Annotated[PositiveInt, _LIMITS] = 1 << 20
+    """Largest body of a request; beyond it, 413."""
+    max_header_bytes: Annotated[PositiveInt, _LIMITS] = 16 << 10
+    """Most bytes of a request's headers; beyond it, 431."""
+    max_headers: Annotated[PositiveInt, _LIMITS] = 100
+    """Most headers of a request; beyond it, 431."""
+    drain_seconds: Annotated[NonNegativeInt, _LIMITS] = 30
+    """Seconds that running requests may take after SIGTERM."""
+
+
+def default_tasks_folder() -> Path:
+    """The folder of registered tasks: polyrex/tasks in the user's state folder."""
+    state = os.environ.get("XDG_STATE_HOME")
+    return (Path(state) if state else Path.home() / ".local" / "state") / "polyrex" / "tasks"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What a server is made of: everything that `polyrex serve` was told."""
+    """Everything that `polyrex serve` is told."""
 
-    server: ServerConfig
-    tasks_folder: Path
-    inventory: Path | None = None
-    """Without one, the inventory that is shipped for the base model."""
-    dtype: Dtype = Dtype.float32
-    device: Device = Device.auto
-    engine: EngineName = EngineName.embedded
-    engine_config: EngineConfig = EngineConfig()
-    vllm_config: VllmConfig = VllmConfig()
+    server: Annotated[ServerConfig, FLAT] = ServerConfig()
+    tasks_folder: Annotated[Path, _MODEL, Parameter(name="tasks-dir")] = field(
+        default_factory=default_tasks_folder
+    )
+    """Folder where registered tasks are kept."""
+    inventory: Annotated[Path | None, _MODEL] = None
+    """File of the inventory; the one shipped for the base model if not given."""
+    dtype: Annotated[Dtype, _MODEL] = Dtype.float32
+    """Data type that the model computes in."""
+    device: Annotated[Device, _MODEL] = Device.auto
+    """Device that the model runs on; auto is CUDA where there is one."""
+    engine: Annotated[EngineName, _MODEL] = EngineName.embedded
+    """Engine that runs the model."""
+    embedded: Annotated[EmbeddedConfig, _EMBEDDED] = EmbeddedConfig()
+    vllm: Annotated[VllmEngineConfig, _VLLM] = VllmEngineConfig()
+    api_key_file: Annotated[Path | None, _SERVER] = None
+    """File of API keys, one a line; every route but /livez and /readyz then asks for one."""
+    insecure: Annotated[bool, _SERVER] = False
+    """Listen on addresses that others can reach without asking for API keys."""

@@ -1,11 +1,11 @@
-"""What /metrics shows. Names that vLLM has too mean the same here; the rest begin with polyrex_.
+"""The metrics of /metrics. Names shared with vLLM mean the same; others begin with polyrex_.
 
 Nothing is labelled by task: ten thousand tasks would be ten thousand time series.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -13,38 +13,33 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from polyrex.adapters.files.registry import TaskRegistry
-from polyrex.server.engines.base import EngineStats
+from polyrex.server.engines.base import Engine
+from polyrex.server.requests.admission import Gate
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 
 class _Snapshot(Collector):
-    """Reads engine and registry when they are asked for, so that nothing has to be kept in step."""
+    """Reads engine, registry and gate at scrape time, so that no copy has to be kept in step."""
 
-    def __init__(
-        self, stats: Callable[[], EngineStats], registry: TaskRegistry, in_flight: Callable[[], int]
-    ) -> None:
-        self._stats = stats
-        self._registry = registry
-        self._in_flight = in_flight
+    def __init__(self, engine: Engine, tasks: TaskRegistry, gate: Gate) -> None:
+        self._engine = engine
+        self._tasks = tasks
+        self._gate = gate
 
     def describe(self) -> Iterable[Metric]:
         return ()  # the engine may not be running yet
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
+        stats = self._engine.stats()
         gauges: tuple[tuple[str, str, float], ...] = (
             ("vllm:num_requests_running", "Completions being generated", stats.running),
             ("vllm:num_requests_waiting", "Completions waiting in the engine", stats.waiting),
             ("vllm:kv_cache_usage_perc", "Share of the KV cache in use", stats.kv_cache_usage),
-            ("polyrex_in_flight", "Completions admitted and not finished", self._in_flight()),
+            ("polyrex_in_flight", "Completions admitted and not finished", self._gate.in_flight),
             ("polyrex_slots_used", "Rows of the routing table in use", stats.slots_used),
-            ("polyrex_tasks", "Registered tasks", len(self._registry)),
-            (
-                "polyrex_tasks_rejected",
-                "Task files not taken at start",
-                len(self._registry.rejected),
-            ),
+            ("polyrex_tasks", "Registered tasks", len(self._tasks)),
+            ("polyrex_tasks_rejected", "Task files rejected at start", len(self._tasks.rejected)),
         )
         for name, text, value in gauges:
             yield GaugeMetricFamily(name, text, value)
@@ -64,13 +59,11 @@ class _Snapshot(Collector):
 
 
 class Metrics:
-    """The metrics of one app, in a registry of its own."""
+    """The metrics of one application, in a Prometheus registry of their own."""
 
-    def __init__(
-        self, stats: Callable[[], EngineStats], tasks: TaskRegistry, in_flight: Callable[[], int]
-    ) -> None:
+    def __init__(self, engine: Engine, tasks: TaskRegistry, gate: Gate) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_Snapshot(stats, tasks, in_flight))
+        self._registry.register(_Snapshot(engine, tasks, gate))
         self.http_requests = Counter(
             "polyrex_http_requests",
             "HTTP requests answered",
@@ -97,5 +90,5 @@ class Metrics:
         )
 
     def text(self) -> bytes:
-        """All of them in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)

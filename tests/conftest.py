@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from polyrex.adapters.files.inventory import Inventory, read_inventory, write_inventory
-from polyrex.adapters.files.router import RouterMetadata, router_bytes
-from polyrex.adapters.model.attach import attach, find_targets
-from polyrex.adapters.model.base_model import DEFAULT_BASE, load_base, load_tokenizer, resolve_base
+from polyrex.adapters.files.inventory import Inventory
+from polyrex.adapters.model.base_model import DEFAULT_BASE, load_tokenizer, resolve_base
 from polyrex.adapters.spec import AdapterSpec
-
-MakeRouter = Callable[..., bytes]
+from support.random_inventory import MakeRouter, make_inventory, random_router
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -28,6 +24,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=Path(__file__).parent / "golden",
         help="the folder of golden vectors that the adapters are checked against",
     )
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark what `make check` leaves out: tests of the real base model, and tests of vLLM."""
+    if "base_path" in getattr(item, "fixturenames", ()):
+        item.add_marker("real_model")
+    if "vllm" in item.path.parts:
+        item.add_marker("vllm")
 
 
 @pytest.fixture(scope="session")
@@ -44,29 +48,14 @@ def tokenizer(base_path: str) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session")
 def random_inventory(base_path: str, tmp_path_factory: pytest.TempPathFactory) -> Inventory:
-    """A TensorPoly-I inventory on every projection of the base model, as it is drawn, with its
-    gates open so far that the tasks say different things."""
+    """A TensorPoly-I inventory on every projection of the base model, with random experts and with
+    gates so far open that tasks give different texts."""
     path: Path = tmp_path_factory.mktemp("inventory") / "inventory.safetensors"
-    model = load_base(base_path, torch.float32)
-    adapted = attach(model, AdapterSpec("tensorpoly-1", rank=16, experts=8), find_targets(model))
-    with torch.no_grad():
-        for layer in adapted.layers:
-            gate = layer.experts.gate
-            assert isinstance(gate, torch.nn.Parameter)
-            gate.fill_(0.2)
-    write_inventory(path, adapted)
-    return read_inventory(path)
+    spec = AdapterSpec("tensorpoly-1", rank=16, experts=8)
+    return make_inventory(path, base_path, spec, spread=0.2)
 
 
 @pytest.fixture(scope="session")
 def make_router(random_inventory: Inventory) -> MakeRouter:
     """Makes the file of a random router for the random inventory: `make_router(seed)`."""
-
-    def make(seed: int, **metadata: object) -> bytes:
-        logits = torch.randn(
-            random_inventory.routing_shape, generator=torch.Generator().manual_seed(seed)
-        )
-        about = RouterMetadata(random_inventory.sha256, f"random-{seed}", **metadata)  # type: ignore[arg-type]  # passed on
-        return router_bytes(6 * logits, random_inventory.spec, about)
-
-    return make
+    return partial(random_router, random_inventory)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import statistics
+from collections import Counter
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,8 @@ CODE = sorted(path for folder in (*FOLDERS, "tests") for path in (ROOT / folder)
 
 MOST_LINES_A_FILE = 400
 MOST_LINES_A_FUNCTION = 80
+MEDIAN_LINES_A_FUNCTION = 12
+MOST_FILES_A_FOLDER = 12
 
 MAY_IMPORT = {
     "kernels": {"kernels"},
@@ -22,18 +27,18 @@ MAY_IMPORT = {
     "server": {"server", "adapters", "kernels"},
     "training": {"training", "adapters", "kernels"},
 }
-"""The folders that each folder may import. The command line (server/cli.py) names training's
-commands in a table of strings, and imports them when they are asked for: both have one program."""
+"""The folders that each folder may import. The command line (server/cli/main.py) names training's
+commands in a table of strings, and imports them on demand: both share one program."""
 
 OWNERS = {
     "fastapi": "server/",
     "pydantic": "server/",
     "starlette": "server/",
     "uvicorn": "server/",
-    "vllm": "server/engines/vllm_",
-    "triton": "kernels/triton_",
+    "vllm": "server/engines/vllm/",
+    "triton": "kernels/gpu/",
 }
-"""Packages that only the files of this beginning may import."""
+"""Packages that only the files under a path may import."""
 
 
 def relative(path: Path) -> str:
@@ -61,6 +66,35 @@ def test_files_and_functions_are_short(path: Path) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
             assert lines <= MOST_LINES_A_FUNCTION, node.name
+
+
+def test_most_functions_are_very_short() -> None:
+    lengths = [
+        (node.end_lineno or node.lineno) - node.lineno + 1
+        for path in CODE
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    assert statistics.median(lengths) <= MEDIAN_LINES_A_FUNCTION
+
+
+def test_a_folder_holds_few_files() -> None:
+    counts = Counter(relative(path.parent) for path in CODE)
+    assert {name: n for name, n in counts.items() if n > MOST_FILES_A_FOLDER} == {}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_rooms_do_not_import_in_circles(folder: str) -> None:
+    """A room is a sub-folder, with all below it, or a file that lies in the folder itself."""
+    graph: dict[str, set[str]] = {}
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        room = path.relative_to(ROOT / folder).parts[0].removesuffix(".py")
+        found = (name.split(".") for name in imports(path))
+        graph.setdefault(room, set()).update(
+            parts[2] for parts in found if parts[:2] == ["polyrex", folder] and len(parts) > 2
+        )
+        graph[room].discard(room)
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the rooms
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

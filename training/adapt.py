@@ -1,4 +1,4 @@
-"""Few-shot adaptation: a router (or more) for a new task, on an inventory that is there already."""
+"""Few-shot adaptation of an existing inventory to a new task: a router, or more than that."""
 
 from __future__ import annotations
 
@@ -11,27 +11,32 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from cyclopts.types import PositiveInt
 from torch import Tensor
 
 from polyrex.adapters.errors import SpecError
+from polyrex.adapters.files.bundle import INVENTORY, Bundle
 from polyrex.adapters.files.inventory import (
     Inventory,
     load_experts,
     read_inventory,
     write_inventory,
 )
-from polyrex.adapters.files.router import RouterMetadata, read_router, write_router
+from polyrex.adapters.files.router import RouterMetadata, write_router
+from polyrex.adapters.methods.rates import LearningRates
 from polyrex.adapters.model.attach import AdaptedModel
-from polyrex.adapters.model.base_model import DEFAULT_BASE, load_base, load_tokenizer, resolve_base
+from polyrex.adapters.model.base_model import DEFAULT_BASE
 from polyrex.adapters.model.sentence_encoder import SentenceEncoder
+from polyrex.adapters.rows import Row
 from polyrex.training.data.batches import Example, by_length, encode_rows
-from polyrex.training.data.tasks import Row, load_tasks, prompt_of
-from polyrex.training.loop.loop import LoopConfig, StepRecord, current_commit, run, write_record
-from polyrex.training.loop.optimiser import Groups, LearningRates
+from polyrex.training.data.tasks import example_prompt, load_tasks, prompt_of
+from polyrex.training.intuition.cluster import mean_intuition
+from polyrex.training.loop.run import LoopConfig, StepRecord, run
 from polyrex.training.model.frozen import upper_alone
-from polyrex.training.model.multi_task import MultiTaskModel
+from polyrex.training.model.loading import load_for_training
+from polyrex.training.model.multi_task import Groups, MultiTaskModel
 
-from .train import example_prompt, use_eager_attention
+from .records import current_commit, write_record
 
 logger = logging.getLogger(__name__)
 
@@ -43,39 +48,44 @@ _TRAINED: dict[AdaptMode, frozenset[str]] = {
     "modules": frozenset({"experts", "gates", "token_routers"}),
     "both": frozenset({"experts", "gates", "token_routers", "routing"}),
 }
-"""The groups of `MultiTaskModel.parameter_groups` that a mode trains."""
+"""The groups of `MultiTaskModel.parameter_groups` that each mode trains."""
 
 ADAPTATION = LoopConfig(steps=60, sample_routing=False, warmup=5, rates=LearningRates(routing=0.5))
-"""How a new task is fitted. Without routing noise: 32 rows are noise enough."""
+"""How a new task is fitted: without routing noise, as 32 rows are noisy enough."""
 
 
 @dataclass(frozen=True)
 class AdaptConfig:
-    """What is adapted: the task's routing alone (the inventory stays as it is), the routers of
-    tokens alone, the modules alone (their routing uniform), or modules and routing. `rows` train
-    rows of the task are used, drawn by the loop's seed."""
+    """The settings of adapting to a new task."""
 
     data: Path
+    """Folder with manifest.json and tasks/NAME.jsonl."""
     task: str
+    """The new task."""
     inventory: Path
+    """File of the inventory; its routers lie beside it."""
     out: Path
+    """Folder for results."""
     mode: AdaptMode = "routing"
-    rows: int = 32
+    """What is trained: the task's routing, with the inventory unchanged; the token routers; the
+    modules, with uniform routing; or both modules and routing."""
+    rows: PositiveInt = 32
+    """Train rows used; the seed determines which."""
     base: str = DEFAULT_BASE
+    """Base model: a name, or its folder."""
     loop: LoopConfig = ADAPTATION
-    dtype: str = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Data type that the model computes in."""
 
 
 def adapt(config: AdaptConfig) -> Path:
-    """Adapt to one task and write its router (and, unless mode is routing, a new inventory).
+    """Adapt to one task and write its router, and a new inventory unless the mode is routing.
 
-    Returns the router's path. Raises DataError, FileError or SpecError on bad input.
+    Returns the path of the router. Raises DataError, FileError or SpecError on bad input.
     """
     (task,) = load_tasks(config.data, (config.task,))
     inventory = read_inventory(config.inventory)
-    path = resolve_base(config.base)
-    base, tokenizer = load_base(path, getattr(torch, config.dtype)), load_tokenizer(path)
-    use_eager_attention(base)
+    base, tokenizer = load_for_training(config.base, config.dtype)
     adapted = load_experts(inventory, base)
     rows = few_shot_rows(task.rows["train"], config.rows, config.loop.seed)
     prompts = [prompt_of(task.instruction, row) for row in rows]
@@ -91,7 +101,7 @@ def adapt(config: AdaptConfig) -> Path:
     config.out.mkdir(parents=True, exist_ok=True)
     sha256 = inventory.sha256
     if config.mode != "routing":
-        sha256 = write_inventory(config.out / "inventory.safetensors", adapted)
+        sha256 = write_inventory(config.out / INVENTORY, adapted)
     metadata = RouterMetadata(
         inventory_sha256=sha256,
         task=task.name,
@@ -120,31 +130,22 @@ def adapt(config: AdaptConfig) -> Path:
 
 
 def few_shot_rows(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
-    """`count` rows drawn without replacement, or all where there are fewer."""
+    """Draw `count` rows without replacement, or all of them if there are fewer."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     return [rows[i] for i in order[:count].tolist()]
 
 
 def starts_of(inventory: Inventory, prompts: Sequence[str]) -> Mapping[str, Tensor]:
-    """Where the routing of a new task may start from: its neighbours' and, where the inventory has
-    an intuition, `own`, the mean intuition of its prompts.
+    """Candidates for the initial routing of a new task, by name: the routers beside the inventory
+    and, if that has an intuition, `own`, the mean intuition of the task's prompts.
 
-    Raises FileError where a router or the sentence encoder cannot be read.
+    Raises FileError if a router or the sentence encoder cannot be read.
     """
-    starts = dict(neighbours(inventory))
+    starts: dict[str, Tensor] = dict(Bundle(inventory).logits())
     if inventory.intuition is not None:
         encoder = SentenceEncoder.of(inventory.intuition.encoder)
-        starts["own"] = inventory.intuition.of(encoder.embed(prompts)).mean(0, keepdim=True)
+        starts["own"] = mean_intuition(inventory.intuition, encoder.embed(prompts))
     return starts
-
-
-def neighbours(inventory: Inventory) -> Mapping[str, Tensor]:
-    """The logits of the routers that lie beside an inventory, by task: places to start from."""
-    folder = inventory.path.parent / "routers"
-    return {
-        path.stem: read_router(path.read_bytes(), str(path), inventory).logits
-        for path in sorted(folder.glob("*.safetensors"))
-    }
 
 
 def fit(
@@ -158,15 +159,15 @@ def fit(
     above: int = 0,
     progress: Callable[[StepRecord], None] | None = None,
 ) -> tuple[str, Tensor, list[float]]:
-    """Fit one router to rows: (where it started, logits [groups, R], the losses).
+    """Fit one router to rows; returns the name of its start, its logits [groups, R] and the losses.
 
-    Routing starts from the router among `starts` under which the rows cost least, or from uniform
-    weights where those cost less still. `pad` is the token that fills up batches; `progress` is
-    told of every step. With `above`, the routing of the first so many decoder layers stays where it
-    started, so that what they make of the rows is computed once.
+    Routing starts from whichever of `starts` and uniform weights has the lowest loss on the rows.
+    `pad` is the token that fills up batches; `progress` is called after every step. With `above`,
+    the first `above` decoder layers keep their initial routing, so that their outputs are computed
+    only once.
 
-    Raises SpecError where the method has nothing to fit in that mode, or where what is fitted
-    reaches below `above`.
+    Raises SpecError if the method has nothing to fit in this mode, or if `above` is given for
+    something that acts on all layers.
     """
     model = MultiTaskModel(adapted, 1, seed=loop.seed)
     groups = model.parameter_groups()
@@ -188,16 +189,17 @@ def fit(
 
 
 FIRST_LOOK = 3
-"""Rows that all starts are tried on; the best quarter of them then see three times as many."""
+"""Rows that all starts are tried on; each round keeps the best quarter and triples the rows."""
 
 
 @torch.no_grad()
 def _choose_start(
     model: MultiTaskModel, examples: Sequence[Example], pad: int, starts: dict[str, Tensor]
 ) -> str:
-    """Put the start under which the rows cost least into the model; returns its name.
+    """Put the start with the lowest loss on the rows into the model, and return its name.
 
-    By halving: few rows tell the hopeless ones, and the last two have seen every row.
+    The search is successive halving: a few rows rule out the worst starts, and the last two are
+    compared on every row.
     """
     starts = {"uniform": model.logits[0].clone(), **starts}
     names, rows = list(starts), FIRST_LOOK

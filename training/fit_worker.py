@@ -1,8 +1,8 @@
-"""A few rows to a router, in a process of its own: what `POST /v1/tasks/{name}/fit` runs.
+"""Fits a router to a few rows, in the process that `POST /v1/tasks/{name}/fit` starts.
 
-Reads one JSON object from stdin (FitJob) and writes one JSON object a line to stdout, an event
-each: `started`, `progress` (step, steps, loss), and at last `scored`, or `failed` with a message.
-The router is then in the job's `out` file, with its scores in its metadata.
+Reads a job (FitJob) as one JSON object from stdin, and writes events to stdout, one JSON object a
+line: `started`, `progress` (step, steps, loss), and finally `scored`, or `failed` with a message.
+The router is then in the job's `out` file, with its scores in the metadata.
 """
 
 from __future__ import annotations
@@ -23,31 +23,33 @@ from polyrex.adapters.errors import DataError, PolyrexError
 from polyrex.adapters.files.inventory import load_experts, read_inventory
 from polyrex.adapters.files.router import RouterMetadata, write_router
 from polyrex.adapters.model.attach import AdaptedModel
-from polyrex.adapters.model.base_model import load_base, load_tokenizer, resolve_base
 from polyrex.adapters.model.routed_linear import RoutedLinear
+from polyrex.adapters.rows import parse_row
 from polyrex.training.data.batches import Example, encode_rows
-from polyrex.training.data.tasks import Metric, Row, Task, prompt_of
+from polyrex.training.data.tasks import Metric, Task, prompt_of
 from polyrex.training.evaluation.evaluate import Score, evaluate
-from polyrex.training.loop.loop import StepRecord, current_commit
+from polyrex.training.loop.run import StepRecord
+from polyrex.training.model.loading import load_for_training
 
 from .adapt import ADAPTATION, fit, starts_of
-from .train import use_eager_attention
+from .records import current_commit
 
 LOOP = replace(ADAPTATION, steps=24, batch_rows=8, warmup=3)
-"""Eight looks at every one of 32 rows that are not held out."""
+"""Of 32 rows, 24 are trained on: each is seen eight times."""
 
 BUDGET = 5e11
-"""Tokens of all steps, times the weights of the layers that they go back through: about half a
-minute on one core. Plurals of nouns, of 14 tokens, may then be fitted on all 30 layers of a small
-model, for 8 points more than on the upper ten; questions of 60 tokens on the upper twelve."""
+"""The limit on tokens of all steps times weights of the layers that gradients pass through: about
+half a minute on one core. With it, plurals of nouns (14 tokens a row) are fitted on all 30 layers
+of a small model, which gains 8 points over the upper ten; questions of 60 tokens are fitted on the
+upper twelve."""
 
 NICENESS = 10
-"""Serving comes first: of a core that the engine wants too, the worker gets about a tenth, beside
-what the engine leaves. At 5, p99 between the tokens of running streams doubled (`make bench-fit`);
-with `SCHED_IDLE` a fit beside a busy server would never end."""
+"""Serving comes first: on a core that the engine wants too, the worker gets about a tenth of the
+time, and whatever the engine leaves idle. At 5, the p99 time between tokens of running streams
+doubled (`make bench-fit`); with `SCHED_IDLE`, a fit beside a busy server would never end."""
 
 THREADS = max(1, (os.cpu_count() or 1) // 4)
-"""Few: threads that wait for each other do not go with engines that take the cores away."""
+"""Few: threads that wait for each other are slow when an engine takes their cores away."""
 
 FEWEST_ROWS = 8
 HELD_OUT_EVERY = 4
@@ -55,7 +57,7 @@ HELD_OUT_EVERY = 4
 
 @dataclass(frozen=True)
 class FitJob:
-    """One task to fit; `rows` hold `input`, `answer` and, where there are any, `options`."""
+    """A task to fit; the schema of its rows is in adapters/rows.py."""
 
     base: str
     inventory: str
@@ -67,19 +69,17 @@ class FitJob:
 
 
 def run_job(job: FitJob, emit: Callable[..., None]) -> None:
-    """Fit, score on the rows held out, and write the router.
+    """Fit a router, score it on the held-out rows (every fourth), and write it.
 
-    Every fourth row is held out. Raises DataError where there are too few rows, or where they are
-    of two kinds; FileError or SpecError where the inventory cannot be fitted to.
+    Raises DataError if there are too few rows, or if only some have options; FileError or SpecError
+    if the inventory cannot be used.
     """
     task = task_of(job)
     inventory = read_inventory(Path(job.inventory))
-    path = resolve_base(job.base)
-    base, tokenizer = load_base(path, getattr(torch, job.dtype)), load_tokenizer(path)
+    base, tokenizer = load_for_training(job.base, job.dtype)
     adapted = load_experts(inventory, base)
     train = task.rows["train"]
     emit("started", rows=len(train), held_out=len(task.rows["valid"]), steps=LOOP.steps)
-    use_eager_attention(base)
 
     def progress(record: StepRecord) -> None:
         emit("progress", step=record.step + 1, steps=LOOP.steps, loss=round(record.loss, 4))
@@ -113,10 +113,10 @@ def run_job(job: FitJob, emit: Callable[..., None]) -> None:
 
 
 def lower_layers(adapted: AdaptedModel, examples: Sequence[Example]) -> int:
-    """How many decoder layers keep the routing that the task starts from, so that all steps
-    together stay within BUDGET; two thirds at the most.
+    """The number of decoder layers that keep the task's initial routing, so that the whole run
+    stays within BUDGET; at most two thirds.
 
-    None where one row of logits routes all layers, or where nothing above is adapted.
+    0 if one row of logits routes all layers, or if no layer above these is adapted.
     """
     model: Any = adapted.model
     layers = getattr(model.base_model, "layers", ())
@@ -131,8 +131,8 @@ def lower_layers(adapted: AdaptedModel, examples: Sequence[Example]) -> int:
 
 
 def task_of(job: FitJob) -> Task:
-    """The job's rows as a task: every fourth is held out, as its `valid` split."""
-    rows = [Row(r["input"], r["answer"], tuple(r.get("options") or ()) or None) for r in job.rows]
+    """The job's rows as a task, with every fourth row held out as the `valid` split."""
+    rows = [parse_row(row, f"{job.task}: rows[{i}]") for i, row in enumerate(job.rows)]
     if len(rows) < FEWEST_ROWS:
         raise DataError(f"{job.task}: at least {FEWEST_ROWS} rows are needed, got {len(rows)}")
     if len({row.options is None for row in rows}) != 1:
@@ -147,7 +147,7 @@ def task_of(job: FitJob) -> Task:
 def held_out_scores(
     adapted: AdaptedModel, tokenizer: Any, task: Task, logits: Tensor
 ) -> dict[str, Any]:
-    """What the base model and the fitted task score on the rows held out."""
+    """The scores of the base model and of the fitted task on the held-out rows."""
     adapted.prepare(adapted.model.dtype)  # type: ignore[arg-type]
     before = evaluate(adapted, tokenizer, task, None, split="valid")
     after = evaluate(adapted, tokenizer, task, logits, split="valid")
@@ -167,7 +167,7 @@ def _emit(event: str, **values: Any) -> None:
 
 
 def main() -> None:
-    """Run the job on stdin; exits with 1 where it failed, which an event tells."""
+    """Run the job on stdin; a job that fails emits `failed` and exits with status 1."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     os.nice(NICENESS)
     torch.set_num_threads(THREADS)

@@ -1,4 +1,4 @@
-"""Multi-task training: an inventory and one router a task, on a frozen base model."""
+"""Multi-task training: an inventory and a router for each task, on a frozen base model."""
 
 from __future__ import annotations
 
@@ -7,56 +7,71 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from cyclopts.types import PositiveFloat
 
-from polyrex.adapters.files.inventory import write_inventory
-from polyrex.adapters.files.router import RouterMetadata, write_router
+from polyrex.adapters.files.bundle import NewRouter, write_bundle
 from polyrex.adapters.model.attach import ALL_PROJECTIONS, attach, find_targets
-from polyrex.adapters.model.base_model import DEFAULT_BASE, load_base, load_tokenizer, resolve_base
+from polyrex.adapters.model.base_model import DEFAULT_BASE, torch_dtype
 from polyrex.adapters.model.sentence_encoder import DEFAULT_ENCODER, SentenceEncoder
 from polyrex.adapters.spec import AdapterSpec
 from polyrex.training.data.batches import encode_rows
-from polyrex.training.data.tasks import Task, load_tasks, prompt_of
-from polyrex.training.intuition.cluster import Embeddings, TrainPrompts
-from polyrex.training.loop.loop import LoopConfig, StepRecord, current_commit, run, write_record
+from polyrex.training.data.tasks import Task, example_prompt, load_tasks
+from polyrex.training.intuition.cluster import TrainPrompts
+from polyrex.training.intuition.embeddings import Embeddings
 from polyrex.training.loop.ranks import Ranks
+from polyrex.training.loop.run import LoopConfig, StepRecord, run
+from polyrex.training.model.loading import load_for_training
 from polyrex.training.model.multi_task import MultiTaskModel
+
+from .records import current_commit, write_record
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What is trained, on what. `epochs` counts passes over the train rows of all tasks."""
+    """The settings of multi-task training."""
 
     data: Path
+    """Folder with manifest.json and tasks/NAME.jsonl."""
     out: Path
+    """Folder for results; an interrupted run resumes there."""
     spec: AdapterSpec
     base: str = DEFAULT_BASE
+    """Base model: a name, or its folder."""
     targets: str = ALL_PROJECTIONS
+    """Regular expression that the names of the adapted modules match."""
     tasks: tuple[str, ...] | None = None
+    """Task to train on; repeat it for more. All tasks of the role if not given."""
     role: str | None = "held_in"
-    epochs: float = 1.0
+    """Role of the tasks to train on, if none is named."""
+    epochs: PositiveFloat = 1.0
+    """Passes over the train rows of all tasks, if no number of steps is given."""
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=0))
-    encoder: str = DEFAULT_ENCODER  # of sentences, where the spec has an intuition
-    dtype: str = "bfloat16"
-    store_dtype: str = "float16"
+    encoder: str = DEFAULT_ENCODER
+    """Sentence encoder of the intuition: a folder, or a hub's id."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Data type that the model computes in."""
+    store_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Data type of the inventory's file."""
+
+    def steps(self, rows: int) -> int:
+        """The steps of a run over so many rows: those given, or as many as the epochs take."""
+        return self.loop.steps or round(self.epochs * rows / self.loop.batch_rows)
 
 
 def train(config: TrainConfig) -> Path:
-    """Train, and write `inventory.safetensors`, `routers/` and `record.json` into `config.out`.
+    """Train, and write `inventory.safetensors`, `routers/` and `record.json` to `config.out`.
 
-    Picks up where an interrupted run of the same configuration stopped. Under `torchrun`, all
-    processes train together, and the first one writes. Returns `config.out`.
+    Resumes an interrupted run of the same configuration. Under `torchrun`, all processes train
+    together and the first one writes. Returns `config.out`.
     """
     config.out.mkdir(parents=True, exist_ok=True)
     tasks = load_tasks(config.data, config.tasks, config.role)
-    path = resolve_base(config.base)
-    base, tokenizer = load_base(path, getattr(torch, config.dtype)), load_tokenizer(path)
-    use_eager_attention(base)
+    base, tokenizer = load_for_training(config.base, config.dtype)
     targets, seed = find_targets(base, config.targets), config.loop.seed
     prompts = _prompts(config, tasks) if config.spec.intuition else None
     intuition = None if prompts is None else prompts.intuition
@@ -67,17 +82,15 @@ def train(config: TrainConfig) -> Path:
         for index, task in enumerate(tasks)
         for example in encode_rows(tokenizer, task.instruction, task.rows["train"], task=index)
     ]
-    groups = model.parameter_groups()
-    if prompts is not None:  # every row is routed by its own prompt, and tasks by their mean
-        examples, groups["routing"] = prompts.given_to(examples), []
-        model.logits.data.copy_(prompts.means())
-    steps = config.loop.steps or round(config.epochs * len(examples) / config.loop.batch_rows)
-    loop = replace(config.loop, steps=steps)
-    logger.info("%d tasks, %d rows, %d steps", len(tasks), len(examples), steps)
+    if prompts is not None:  # rows are routed by their own prompts, and tasks by the mean of these
+        examples = prompts.route(examples)
+        model.logits.data.copy_(prompts.routers())
+    loop = replace(config.loop, steps=config.steps(len(examples)))
+    logger.info("%d tasks, %d rows, %d steps", len(tasks), len(examples), loop.steps)
     started = time.time()
     curve = run(
         model,
-        groups,
+        model.parameter_groups(routing=prompts is None),
         examples,
         loop,
         pad=tokenizer.eos_token_id,
@@ -85,41 +98,25 @@ def train(config: TrainConfig) -> Path:
     )
     if not Ranks().first:
         return config.out
-    write_results(config.out, model, tasks, getattr(torch, config.store_dtype))
+    write_results(config.out, model, tasks, torch_dtype(config.store_dtype))
     write_record(config.out / "record.json", _record(config, loop, tasks, curve, started))
     return config.out
 
 
 def _prompts(config: TrainConfig, tasks: Sequence[Task]) -> TrainPrompts:
-    """What the encoder makes of the train rows' prompts; kept, for runs that are resumed."""
+    """The train prompts, embedded and clustered; embeddings are kept for resumed runs."""
     embeddings = Embeddings(SentenceEncoder(config.encoder), config.out / "embeddings")
     return TrainPrompts.of(embeddings, tasks, config.spec, seed=config.loop.seed)
-
-
-def use_eager_attention(base: nn.Module) -> None:
-    """Attention as plain products: on short rows, the CPU's fused kernel has a slow backward."""
-    if isinstance(base, PreTrainedModel):
-        base.set_attn_implementation("eager")
-
-
-def example_prompt(task: Task) -> str:
-    """A prompt of the task that anyone may try: its first test row, or else its first row."""
-    rows = task.rows["test"] or task.rows["train"]
-    return prompt_of(task.instruction, rows[0])
 
 
 def write_results(
     out: Path, model: MultiTaskModel, tasks: Sequence[Task], dtype: torch.dtype
 ) -> None:
-    """Write the inventory in `dtype`, and beside it the routers of the tasks trained together."""
-    inventory = out / "inventory.safetensors"
-    sha256 = write_inventory(inventory, model.adapted, dtype=dtype)
+    """Write the inventory in `dtype`, with the routers of the tasks beside it."""
     routers = model.routers([task.name for task in tasks])
-    (out / "routers").mkdir(exist_ok=True)
-    for task in tasks:
-        metadata = RouterMetadata(
-            inventory_sha256=sha256,
-            task=task.name,
+    new = {
+        task.name: NewRouter(
+            routers[task.name],
             description=task.instruction,
             provenance={
                 "trained": "multi-task",
@@ -128,8 +125,9 @@ def write_results(
                 "example_prompt": example_prompt(task),
             },
         )
-        target = out / "routers" / f"{task.name}.safetensors"
-        write_router(target, routers[task.name], model.adapted.spec, metadata)
+        for task in tasks
+    }
+    write_bundle(out, model.adapted, new, dtype=dtype)
 
 
 def _record(

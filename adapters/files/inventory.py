@@ -32,7 +32,7 @@ from polyrex.adapters.methods.protocol import Experts
 from polyrex.adapters.methods.registry import make_experts, method_class, route, routing_shape
 from polyrex.adapters.model.attach import AdaptedModel, attach
 from polyrex.adapters.model.base_model import BaseIdentity, identify
-from polyrex.adapters.model.intuition import EncoderIdentity, Intuition, gates_of
+from polyrex.adapters.model.intuition import EncoderIdentity, Intuition
 from polyrex.adapters.spec import AdapterSpec, TargetModule
 
 from .tensor_file import (
@@ -52,7 +52,7 @@ _HEADER_LIMIT = 32 << 20  # bytes; 432 modules with 3 tensors each take a quarte
 
 @dataclass(frozen=True)
 class Inventory:
-    """What is known of an inventory without its tensors: enough to check and route tasks."""
+    """An inventory without its experts' tensors: enough to check and route tasks."""
 
     path: Path
     sha256: str
@@ -136,7 +136,7 @@ def load_experts(inventory: Inventory, model: nn.Module) -> AdaptedModel:
 
 
 def read_experts(inventory: Inventory) -> tuple[Experts, ...]:
-    """The experts of every target module, in the inventory's order, as float32 on the CPU.
+    """The experts of every target module, in the inventory's order, in float32 on the CPU.
 
     Raises TensorMismatch naming the tensor that is not as it should be, MalformedFile where the
     file is not the one whose header was read.
@@ -156,7 +156,7 @@ def read_experts(inventory: Inventory) -> tuple[Experts, ...]:
 
 
 def expected_tensors(spec: AdapterSpec, targets: tuple[TargetModule, ...]) -> dict[str, Shape]:
-    """Name and shape of every tensor that an inventory of this make-up holds."""
+    """Name and shape of every tensor that an inventory of this spec and targets holds."""
     with torch.device("meta"):
         return {
             f"{target.name}.{name}": tuple(parameter.shape)
@@ -180,7 +180,7 @@ def _intuition(spec: AdapterSpec, file: TensorFile) -> Intuition | None:
     if spec.intuition is None:
         return None
     encoder = EncoderIdentity(**file.json_object("encoder"))
-    gates, centroids = gates_of(spec), spec.intuition
+    gates, centroids = spec.gates, spec.intuition
     shapes = {"centroids": (centroids, encoder.dimension), "map": (gates, centroids)}
     own = {f"intuition.{name}": shape for name, shape in shapes.items()}
     here = file.only(own.keys())

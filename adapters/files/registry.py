@@ -14,15 +14,15 @@ import re
 import threading
 from bisect import bisect_right, insort
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from polyrex.adapters.errors import FileError, InvalidTaskName, TaskExists, UnknownTask
 
 from .inventory import Inventory
 from .router import Router, read_router, size_limit
+from .task import TaskInfo, TaskVersion
 from .tensor_file import PARTIAL_SUFFIX, stage, sync_folder, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -31,33 +31,11 @@ TASK_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _FILE_NAME = re.compile(rf"({TASK_NAME.pattern})(?:@([1-9][0-9]{{0,8}}))?\.safetensors")
 
 
-@dataclass(frozen=True)
-class TaskInfo:
-    """A task version as it is listed."""
-
-    name: str
-    version: int
-    router_sha256: str
-    size_bytes: int
-    created: float  # unix time, in seconds
-    description: str
-    provenance: Mapping[str, Any]
-    scores: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class TaskVersion:
-    """A task version with its router: valid for whoever holds it, whatever becomes of the task."""
-
-    info: TaskInfo
-    router: Router
-
-
 TaskPage = list[TaskInfo]
 
 
 class _Entry(NamedTuple):
-    """What is kept in memory of a task; the rest is read from its file when it is asked for."""
+    """The part of a task that stays in memory; the rest is read from its file on demand."""
 
     path: str
     version: int
@@ -79,7 +57,7 @@ class TaskRegistry:
         self._lock = threading.Lock()
         self._entries: dict[str, _Entry] = {}
         self._rejected: dict[str, str] = {}
-        self._rejected_versions: dict[str, int] = {}  # the files are kept: not to be written over
+        self._rejected_versions: dict[str, int] = {}  # their files stay, and are not overwritten
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(f".*{PARTIAL_SUFFIX}"):
             leftover.unlink()
@@ -97,7 +75,7 @@ class TaskRegistry:
 
     @property
     def rejected(self) -> Mapping[str, str]:
-        """The files that were not taken at start, and why: path -> reason."""
+        """The files that were rejected at start: path -> reason."""
         return MappingProxyType(self._rejected)
 
     def register(self, name: str, data: bytes, *, replace: bool = False) -> tuple[TaskInfo, bool]:
@@ -112,7 +90,7 @@ class TaskRegistry:
         with self._lock:
             if same := self._same(name, router, replace):
                 return _info(name, same, router), False
-        # The disk is waited for without the lock, so that nobody else has to.
+        # Waits for the disk without holding the lock.
         staged = stage(self._folder / name, data)
         try:
             with self._lock:
@@ -196,7 +174,7 @@ class TaskRegistry:
         return entry, previous is None
 
     def _scan(self, folder: Path) -> None:
-        """Take the newest version of every task in a folder, over what was taken before."""
+        """Take the newest version of every task in a folder; it replaces one taken before."""
         files = []
         for path in folder.glob("*.safetensors"):
             if match := _FILE_NAME.fullmatch(path.name):
@@ -216,7 +194,7 @@ class TaskRegistry:
                 taken[name] = version
                 self._entries[name] = _new_entry(path, version, router)
             elif version < taken[name] and folder == self._folder:
-                path.unlink()  # we went down between writing a version and deleting the one before
+                path.unlink()  # the process ended between writing a version and deleting this one
             else:
                 self._reject(path, f"version {taken[name]} of task {name} is taken from elsewhere")
 

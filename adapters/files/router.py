@@ -7,8 +7,8 @@ It holds one float32 tensor, `routing` [groups, R]. The metadata, all strings:
 | format, format_version | `polyrex.router`, `1` |
 | method, hyperparameters | as in the inventory |
 | inventory_sha256 | the inventory that it routes |
-| task, description | the task's name, and what it is in words |
-| provenance, scores | JSON objects: where it comes from, how well it does |
+| task, description | the task's name, and a description in words |
+| provenance, scores | JSON objects: where the router comes from, how well it does |
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from .tensor_file import cast_finite, parse, serialise, sha256, write_atomic
 
 FORMAT = "polyrex.router"
 _TENSOR = "routing"
-_HEADER_LIMIT = 32 << 10  # bytes; a header of ours has about one thousand
+_HEADER_LIMIT = 32 << 10  # bytes; our headers have about one thousand
 
 
 @dataclass(frozen=True)
 class RouterMetadata:
-    """What a router says of itself."""
+    """The metadata of a router's file."""
 
     inventory_sha256: str
     task: str
@@ -49,6 +49,7 @@ class Router:
     """A router that fits its inventory."""
 
     logits: Tensor  # [groups, R] float32
+    weights: Tensor  # [M, W] float32, the row of the routing table that the logits give
     metadata: RouterMetadata
     sha256: str
 
@@ -79,7 +80,7 @@ def write_router(path: Path, logits: Tensor, spec: AdapterSpec, metadata: Router
 
 
 def size_limit(inventory: Inventory) -> int:
-    """The most bytes that a router of this inventory may have."""
+    """The maximum size in bytes of a router of this inventory."""
     groups, logits = inventory.routing_shape
     return 8 + _HEADER_LIMIT + 4 * groups * logits
 
@@ -110,8 +111,9 @@ def read_router(data: bytes, source: str, inventory: Inventory) -> Router:
                 f"got {file.text(key)!r:.400}"
             )
     logits = file.checked({_TENSOR: inventory.routing_shape}, ("F32",))[_TENSOR]
-    # float16 is the narrowest dtype that a model computes in: a router that fits there fits all.
-    cast_finite(inventory.route(logits), torch.float16, f"{source}: routing weights of {_TENSOR}")
+    weights = inventory.route(logits)
+    # float16 has the narrowest range of the dtypes that models compute in.
+    cast_finite(weights, torch.float16, f"{source}: routing weights of {_TENSOR}")
     metadata = RouterMetadata(
         inventory_sha256=inventory.sha256,
         task=file.text("task"),
@@ -119,4 +121,4 @@ def read_router(data: bytes, source: str, inventory: Inventory) -> Router:
         provenance=file.json_object("provenance"),
         scores=file.json_object("scores"),
     )
-    return Router(logits, metadata, sha256(data))
+    return Router(logits, weights, metadata, sha256(data))

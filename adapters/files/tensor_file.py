@@ -1,8 +1,8 @@
-"""What the inventory and router files share: safetensors, read strictly and written atomically.
+"""The safetensors files of inventories and routers: read strictly, and written atomically.
 
-Files come from anywhere, so nothing is believed before it is checked: the size and the header's
-size first, then the header, then each tensor's name, shape, dtype and values. Every error is a
-FileError that names the file.
+Files come from anywhere, so nothing is believed before it is checked: first the size of the file
+and of its header, then the header, then each tensor's name, shape, dtype and values. Every error is
+a FileError that names the file.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A complete file whose header was read; its tensors are not checked yet."""
+    """A complete file whose header has been read; its tensors are not checked yet."""
 
     source: str
     metadata: Mapping[str, str]
@@ -63,14 +63,14 @@ class TensorFile:
         return value
 
     def only(self, names: Iterable[str]) -> TensorFile:
-        """The same file, of whose tensors only these are seen."""
+        """The same file with these tensors alone."""
         kept = set(names)
         tensors = {name: found for name, found in self.tensors.items() if name in kept}
         values = {name: value for name, value in self.values.items() if name in kept}
         return TensorFile(self.source, self.metadata, tensors, values)
 
     def checked(self, expected: Mapping[str, Shape], dtypes: tuple[str, ...]) -> dict[str, Tensor]:
-        """The tensors, exactly those expected, as float32 and finite.
+        """The tensors, which must be exactly those expected, as finite float32.
 
         Raises TensorMismatch naming the first tensor that is missing, not expected, or of another
         shape or dtype, or that holds a value that is not finite.
@@ -189,7 +189,7 @@ def sha256(data: bytes) -> str:
 
 
 PARTIAL_SUFFIX = ".partial"
-"""Ends the name of a file that is being written; one that is left over means a crash."""
+"""Suffix of a file that is being written; a leftover means that a process crashed."""
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from polyrex.kernels.routing import ModuleRouting
 
 from .composed import LowRank
 from .protocol import Experts, Operands, Space, normalised_gates
+from .rates import LearningRates
 
 
 def initial_side(weight: Tensor, d_in: int, generator: torch.Generator) -> None:
@@ -70,6 +72,11 @@ class MhrExperts(RankSpaceExperts):
 
     method = "mhr"
     uses = frozenset({"rank", "experts", "splits", "granularity"})
+    # As poly and lora, it divides by the rank: steps must be larger.
+    rates = LearningRates(experts=2e-2, routing=0.8)
+    roles = MappingProxyType({"lora_a": "experts", "lora_b": "experts"})
+    no_lora = None
+    examples = (AdapterSpec("mhr", rank=2, experts=5, splits=3),)
 
     def __init__(self, spec: AdapterSpec, target: TargetModule) -> None:
         super().__init__(spec, target)
@@ -91,7 +98,7 @@ class MhrExperts(RankSpaceExperts):
         return spec.splits
 
     def scale(self) -> float:
-        """What the delta is multiplied by; the papers' code divides by the rank."""
+        """The factor of the delta; the papers' code divides by the rank."""
         return 1 / self.spec.rank
 
     def reset(self, generator: torch.Generator) -> None:
@@ -109,6 +116,7 @@ class PolyExperts(MhrExperts):
 
     method = "poly"
     uses = frozenset({"rank", "experts", "granularity"})
+    examples = (AdapterSpec("poly", rank=3, experts=5),)
 
 
 class LoraExperts(PolyExperts):
@@ -116,6 +124,8 @@ class LoraExperts(PolyExperts):
 
     method = "lora"
     uses = frozenset({"rank", "alpha"})
+    rates = LearningRates(experts=2e-2)
+    examples = (AdapterSpec("lora", rank=3, alpha=2.0),)
 
     @classmethod
     def routing_size(cls, spec: AdapterSpec) -> int:

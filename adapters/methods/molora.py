@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyrex.adapters.errors import SpecError
 from polyrex.adapters.spec import AdapterSpec, TargetModule
-from polyrex.kernels.cpu.token_gates import TokenGates
+from polyrex.kernels.modules import TokenGates
 from polyrex.kernels.routing import ModuleRouting
 
 from .low_rank import initial_side
 from .protocol import Experts, Operands, Space
+from .rates import LearningRates
 
 
 class MoloraExperts(Experts):
@@ -25,6 +28,12 @@ class MoloraExperts(Experts):
 
     method = "molora"
     uses = frozenset({"rank", "experts"})
+    rates = LearningRates(experts=1e-2, token_routers=1e-2)
+    roles = MappingProxyType(
+        {"lora_a": "experts", "lora_b": "experts", "token_router": "token_routers"}
+    )
+    no_lora = "every token has its own adapter, a task has none"
+    examples = (AdapterSpec("molora", rank=2, experts=5),)
 
     def __init__(self, spec: AdapterSpec, target: TargetModule) -> None:
         super().__init__(spec, target)
@@ -50,8 +59,12 @@ class MoloraExperts(Experts):
         return self.lora_a.to(dtype), self.lora_b.to(dtype), self.token_router.to(wide)
 
     def gates(self, logits: Tensor) -> Tensor:
-        """What a token gives to each expert, [T, E], from its router logits."""
+        """The gate of each expert, [T, E], from a token's router logits."""
         return torch.softmax(logits, -1)
+
+    def sides(self, operands: Operands) -> tuple[Tensor, Tensor]:
+        a, b, *_ = operands
+        return a.unsqueeze(0), b.t().unsqueeze(0)
 
     def token_gates(self, operands: Operands) -> TokenGates:
         return TokenGates(operands[2])
@@ -69,6 +82,7 @@ class SiraExperts(MoloraExperts):
 
     method = "sira"
     uses = frozenset({"rank", "experts", "top_k"})
+    examples = (AdapterSpec("sira", rank=2, experts=7),)
 
     @classmethod
     def check(cls, spec: AdapterSpec) -> None:

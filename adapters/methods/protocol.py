@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -10,31 +11,43 @@ from torch import Tensor, nn
 
 from polyrex.adapters.errors import SpecError
 from polyrex.adapters.spec import AdapterSpec, TargetModule
-from polyrex.kernels.cpu.token_gates import TokenGates
+from polyrex.kernels.factored import FactoredSides
+from polyrex.kernels.modules import TaskState, TokenGates
 from polyrex.kernels.routing import ModuleRouting
 
 from .composed import Composed
+from .rates import LearningRates, Role
 
 Operands = tuple[Tensor, ...]
 
 Space = Literal["rank", "pair", "token", "leaf", "bond"]
-"""What routing weights mix: experts' A and B sides, pairs of an A and a B side, with what tokens
-choose for themselves, leaves, or the bonds of a tensor train."""
+"""The things that routing weights mix: A and B sides of experts (rank), pairs of an A and a B side
+(pair), gates that tokens compute (token), leaves (leaf), or bonds of a tensor train (bond)."""
 
 
 class Experts(nn.Module):
     """The latent experts of one target module: parameters, and the formula that applies them.
 
-    The formula is cut up, so that training and serving share it and neither repeats work: `route`
-    turns a router's logits into routing weights (once per task), `operands` turns parameters into
-    the tensors that the products read (once per load when serving, once per step when training),
-    and `delta` does what depends on tokens. Where tokens do not choose, `compose` multiplies out
-    whole tasks from operands and routing weights.
+    The formula has three parts, which training and serving share. `route` turns a router's logits
+    into routing weights, once per task. `operands` turns parameters into the tensors that the
+    products read, once per load when serving and once per step when training. `delta` does what
+    depends on tokens. Where tokens do not choose, `compose` multiplies out whole tasks.
+
+    Every class variable below must be declared: the registry refuses a method that leaves one out.
     """
 
     method: ClassVar[str]
+    """The method's name, in files and on the command line."""
     uses: ClassVar[frozenset[str]]
     """The fields of AdapterSpec that the method reads, beside `method`."""
+    rates: ClassVar[LearningRates]
+    """The learning rates that training starts from."""
+    roles: ClassVar[Mapping[str, Role]]
+    """The role of each parameter, by its name (of a ParameterList: by the list's name)."""
+    no_lora: ClassVar[str | None]
+    """Why a task of this method cannot be written as a LoRA; None where it can."""
+    examples: ClassVar[tuple[AdapterSpec, ...]]
+    """Small specs, one for each form of the method: what tests and `polyrex doctor` go through."""
 
     def __init__(self, spec: AdapterSpec, target: TargetModule) -> None:
         super().__init__()
@@ -44,16 +57,16 @@ class Experts(nn.Module):
     @property
     @abstractmethod
     def space(self) -> Space:
-        """Where routing happens, which chooses the kernel (adapters/serving.py)."""
+        """Where routing happens, which selects the kernels (adapters/serving/backends.py)."""
 
     @property
     def routes_by_token(self) -> bool:
-        """Whether tokens choose among the experts by their values, so that delta is not linear."""
+        """Whether each token chooses among the experts by its values; delta is then not linear."""
         return False
 
     @classmethod
     def check(cls, spec: AdapterSpec) -> None:
-        """Refuse hyperparameters that the method would silently ignore, or cannot take.
+        """Refuse hyperparameters that the method would ignore, or does not support.
 
         Raises SpecError naming the field, what was expected and what came.
         """
@@ -95,15 +108,34 @@ class Experts(nn.Module):
 
     @abstractmethod
     def operands(self, dtype: torch.dtype) -> Operands:
-        """What `delta` reads, derived from the parameters alone, differentiably."""
+        """The tensors that `delta` reads, derived differentiably from the parameters alone."""
 
     def forward(self, dtype: torch.dtype) -> Operands:
-        """`operands`, under the name by which torch.func calls a module on other parameters."""
+        """`operands`, under the name that torch.func.functional_call needs."""
         return self.operands(dtype)
+
+    def sides(self, operands: Operands) -> tuple[Tensor, Tensor]:
+        """The A sides [S, E*r, d_in/S] and B sides [S, E*r, d_out/S] that the kernels read.
+
+        For methods in rank, pair and token space; without splits, S is 1.
+        """
+        a, b, *_ = operands
+        return a, b
 
     def token_gates(self, operands: Operands) -> TokenGates:
         """How tokens choose, for methods in token space."""
         raise NotImplementedError(f"{self.method}'s tokens do not choose")
+
+    def task_state(self, operands: Operands, weights: Tensor) -> TaskState:
+        """The state that a kernel keeps for D tasks, from rows of routing weights [D, W].
+
+        For methods in leaf and bond space; `operands` are in float32.
+        """
+        raise NotImplementedError(f"{self.method} keeps no state for a task")
+
+    def expert_leaves(self) -> FactoredSides | None:
+        """Both sides of all E experts as leaves in float32, where they are tensor products."""
+        return None
 
     def compose(self, operands: Operands, weights: Tensor, dtype: torch.dtype) -> Composed:
         """The adapters of D tasks in `dtype`, from their rows of routing weights [D, W].
@@ -111,6 +143,11 @@ class Experts(nn.Module):
         Differentiable in both. Raises SpecError where each token has an adapter of its own.
         """
         raise SpecError(f"{self.method}: every token has its own adapter, a task has none")
+
+    @classmethod
+    def role(cls, parameter: str) -> Role:
+        """The role of a parameter, by its name among the module's."""
+        return cls.roles[parameter.partition(".")[0]]
 
     @abstractmethod
     def delta(self, operands: Operands, x: Tensor, routing: ModuleRouting) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import fields
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
-from polyrex.adapters.errors import UnknownMethod
+from polyrex.adapters.errors import SpecError, UnknownMethod
 from polyrex.adapters.spec import AdapterSpec, TargetModule, routing_groups
 
 from .low_rank import LoraExperts, MhrExperts, PolyExperts
@@ -19,23 +21,59 @@ from .tensorpoly_x import TensorPolyXExperts
 from .tlora import TLoraExperts
 from .trex import TrexExperts
 
-METHODS: MappingProxyType[str, type[Experts]] = MappingProxyType(
-    {
-        cls.method: cls
-        for cls in (
-            LoraExperts,
-            TLoraExperts,
-            PolyExperts,
-            MhrExperts,
-            TensorPoly1Experts,
-            TensorPoly2Experts,
-            TensorPolyXExperts,
-            TrexExperts,
-            MoloraExperts,
-            SiraExperts,
+_DECLARED = ("method", "uses", "rates", "roles", "no_lora", "examples")
+_OWN = ("method", "examples")
+"""Declarations that a method cannot take over from the method that it derives from."""
+
+
+def registered(*classes: type[Experts]) -> MappingProxyType[str, type[Experts]]:
+    """Methods by name; raises SpecError where one does not say all that the protocol asks for."""
+    found: dict[str, type[Experts]] = {}
+    for cls in classes:
+        _check_declarations(cls)
+        if cls.method in found:
+            raise SpecError(f"two adapter methods are named {cls.method}")
+        found[cls.method] = cls
+    return MappingProxyType(found)
+
+
+def _check_declarations(cls: type[Experts]) -> None:
+    for name in _DECLARED:
+        if not hasattr(cls, name) or (name in _OWN and name not in vars(cls)):
+            raise SpecError(f"adapter method {cls.__name__} does not declare `{name}`")
+    unknown = cls.uses - {field.name for field in fields(AdapterSpec)}
+    if unknown:
+        raise SpecError(f"{cls.method}: `uses` names no field of AdapterSpec: {sorted(unknown)}")
+    if not cls.examples:
+        raise SpecError(f"{cls.method}: `examples` is empty")
+    parameters: set[str] = set()
+    for spec in cls.examples:
+        if spec.method != cls.method:
+            raise SpecError(f"{cls.method}: an example is of {spec.method}")
+        cls.check(spec)
+        with torch.device("meta"):
+            experts = cls(spec, TargetModule("example", 60, 60))
+        parameters |= {name.partition(".")[0] for name, _ in experts.named_parameters()}
+    if parameters != cls.roles.keys():
+        raise SpecError(
+            f"{cls.method}: `roles` must name the parameters {sorted(parameters)}, "
+            f"got {sorted(cls.roles)}"
         )
-    }
+
+
+METHODS = registered(
+    LoraExperts,
+    TLoraExperts,
+    PolyExperts,
+    MhrExperts,
+    TensorPoly1Experts,
+    TensorPoly2Experts,
+    TensorPolyXExperts,
+    TrexExperts,
+    MoloraExperts,
+    SiraExperts,
 )
+"""Every method, by its name: one row each."""
 
 
 def method_class(name: str) -> type[Experts]:

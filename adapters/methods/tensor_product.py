@@ -14,16 +14,6 @@ from polyrex.adapters.spec import Norm
 LAYER_NORM_EPS = 1e-5
 
 
-def leaf_size(dimension: int, order: int) -> int:
-    """q = ceil(d ** (1 / N)), exact for perfect powers where the float root is not."""
-    q: int = max(1, round(float(dimension) ** (1 / order)))
-    while q**order < dimension:
-        q += 1
-    while (q - 1) ** order >= dimension:
-        q -= 1
-    return q
-
-
 def outer(first: Tensor, second: Tensor) -> Tensor:
     """Row-wise outer product, flattened with `first` slowest: [..., p], [..., q] -> [..., p*q]."""
     return (first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(-2)

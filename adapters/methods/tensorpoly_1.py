@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+from typing import ClassVar
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from polyrex.adapters.errors import SpecError
 from polyrex.adapters.spec import AdapterSpec, TargetModule
+from polyrex.kernels.factored import FactoredSides
+from polyrex.kernels.leaf_size import leaf_size
 
 from .fused_factor import fused_factor
 from .low_rank import RankSpaceExperts
 from .protocol import Operands
-from .tensor_product import FactoredSide, factor_leaves, leaf_size
+from .rates import LearningRates
+from .tensor_product import FactoredSide, factor_leaves
 
 
 class TensorPoly1Experts(RankSpaceExperts):
@@ -24,6 +30,17 @@ class TensorPoly1Experts(RankSpaceExperts):
 
     method = "tensorpoly-1"
     uses = frozenset({"rank", "experts", "order", "norm", "granularity"})
+    # Leaves are drawn from N(0, 1) and have far to go.
+    rates = LearningRates(experts=0.3, gates=0.03, routing=0.8)
+    roles = MappingProxyType(
+        {"weight_leafs_a": "experts", "weight_leafs_b": "experts", "gate": "gates"}
+    )
+    no_lora = None
+    examples: ClassVar[tuple[AdapterSpec, ...]] = (
+        AdapterSpec("tensorpoly-1", rank=3, experts=5),
+        AdapterSpec("tensorpoly-1", rank=3, experts=5, order=4),
+        AdapterSpec("tensorpoly-1", rank=3, experts=5, order=3, norm="none"),
+    )
 
     def __init__(self, spec: AdapterSpec, target: TargetModule) -> None:
         super().__init__(spec, target)
@@ -52,8 +69,16 @@ class TensorPoly1Experts(RankSpaceExperts):
         b = b * (self.gate / self.spec.rank).to(dtype)
         return a.flatten(0, 1).unsqueeze(0), b.flatten(0, 1).unsqueeze(0)
 
-    def leaf_sides(self) -> tuple[FactoredSide, FactoredSide]:
-        """Both sides of all experts, [E, r, ...], without any scale, as leaves in float32."""
+    def expert_leaves(self) -> FactoredSides | None:
         leaves = self.weight_leafs_a, self.weight_leafs_b
         a, b = (factor_leaves(side.detach().float(), self.spec.norm) for side in leaves)
-        return a, b
+        return factored_sides(a, b, (self.gate.detach() / self.spec.rank).float())
+
+
+def factored_sides(a: FactoredSide, b: FactoredSide, scale: Tensor) -> FactoredSides:
+    """Both sides as the kernels read them, with the scale folded into the B side."""
+    a_first, a_second, b_first, b_second = (
+        leaves.contiguous() for leaves in (a.first, a.second, b.first * scale, b.second)
+    )
+    shift = None if b.shift is None else b.shift * scale
+    return FactoredSides(a_first, a_second, a.shift, b_first, b_second, shift)

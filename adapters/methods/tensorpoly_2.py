@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from polyrex.adapters.spec import AdapterSpec
+from polyrex.kernels.factored import FactoredSides
 from polyrex.kernels.routing import ModuleRouting
 
 from .composed import LowRank
 from .fused_factor import fused_factor
 from .protocol import Operands, Space
 from .tensor_product import FactoredSide, factor_leaves, factored_expand, factored_shrink
-from .tensorpoly_1 import TensorPoly1Experts
+from .tensorpoly_1 import TensorPoly1Experts, factored_sides
 
 
 class TensorPoly2Experts(TensorPoly1Experts):
@@ -24,6 +25,11 @@ class TensorPoly2Experts(TensorPoly1Experts):
     """
 
     method = "tensorpoly-2"
+    examples = (
+        AdapterSpec("tensorpoly-2", rank=3, experts=5),
+        AdapterSpec("tensorpoly-2", rank=3, experts=5, order=4),
+        AdapterSpec("tensorpoly-2", rank=3, experts=5, order=3, norm="none"),
+    )
 
     @property
     def space(self) -> Space:
@@ -49,7 +55,13 @@ class TensorPoly2Experts(TensorPoly1Experts):
         shape = order, len(weights), rank, -1
         return side_a.reshape(shape), side_b.reshape(shape)
 
-    def sides(self, operands: Operands, weights: Tensor) -> tuple[FactoredSide, FactoredSide]:
+    def expert_leaves(self) -> None:
+        """No expert has leaves of its own: the leaves themselves are mixed."""
+
+    def task_state(self, operands: Operands, weights: Tensor) -> FactoredSides:
+        return factored_sides(*self.task_sides(operands, weights), operands[1])
+
+    def task_sides(self, operands: Operands, weights: Tensor) -> tuple[FactoredSide, FactoredSide]:
         """Both sides of D tasks' adapters, from their rows of routing weights [D, W]."""
         leaves_a, leaves_b = self.mixed_leaves(operands, weights)
         return factor_leaves(leaves_a, self.spec.norm), factor_leaves(leaves_b, self.spec.norm)
@@ -64,6 +76,6 @@ class TensorPoly2Experts(TensorPoly1Experts):
 
     def delta(self, operands: Operands, x: Tensor, routing: ModuleRouting) -> Tensor:
         leaves, scale = operands
-        side_a, side_b = self.sides(operands, routing.weights)
+        side_a, side_b = self.task_sides(operands, routing.weights)
         hidden = factored_shrink(x.to(leaves.dtype), side_a.take(routing.rows)) * scale
         return factored_expand(hidden, side_b.take(routing.rows), self.target.d_out).to(x.dtype)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import reduce
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyrex.adapters.spec import AdapterSpec, TargetModule
-from polyrex.kernels.kronecker import KroneckerFactors
+from polyrex.kernels.kronecker import Kronecker
+from polyrex.kernels.leaf_size import leaf_size
 from polyrex.kernels.routing import ModuleRouting
 
-from .composed import Kronecker
 from .protocol import Experts, Operands, Space, normalised_gates
-from .tensor_product import leaf_size
+from .rates import LearningRates
 
 
 class TensorPolyXExperts(Experts):
@@ -32,6 +33,13 @@ class TensorPolyXExperts(Experts):
 
     method = "tensorpoly-x"
     uses = frozenset({"rank", "experts", "order", "granularity"})
+    rates = LearningRates(experts=0.3, gates=0.03, routing=0.8)
+    roles = MappingProxyType({"tensor_weights": "experts", "gate": "gates"})
+    no_lora = "its adapter is a tensor train of full rank, not a LoRA"
+    examples = (
+        AdapterSpec("tensorpoly-x", rank=3, experts=3),
+        AdapterSpec("tensorpoly-x", rank=3, experts=2, order=3),
+    )
 
     def __init__(self, spec: AdapterSpec, target: TargetModule) -> None:
         super().__init__(spec, target)
@@ -73,7 +81,7 @@ class TensorPolyXExperts(Experts):
         cores[-1] = cores[-1] * (self.gate / self.spec.rank)
         return tuple(core.to(dtype).contiguous() for core in cores)
 
-    def factors(self, operands: Operands, weights: Tensor) -> KroneckerFactors:
+    def task_state(self, operands: Operands, weights: Tensor) -> Kronecker:
         """D tasks' W_t, from their rows of routing weights [D, W], cut at the bond in the middle.
 
         The cores before the bond, and those behind it, are multiplied out; of what they give for
@@ -88,10 +96,10 @@ class TensorPolyXExperts(Experts):
         first = reduce(_joined, cores[:middle], ones).squeeze(1).permute(0, 3, 1, 2)
         second = reduce(_joined, cores[middle:]).flatten(3)
         rows = math.ceil(self.target.d_out / second.shape[3])
-        return KroneckerFactors(first[..., :rows], second)
+        return Kronecker(first[..., :rows], second)
 
     def compose(self, operands: Operands, weights: Tensor, dtype: torch.dtype) -> Kronecker:
-        factors = self.factors(operands, weights.to(operands[0].dtype))
+        factors = self.task_state(operands, weights.to(operands[0].dtype))
         return Kronecker(factors.first.to(dtype), factors.second.to(dtype))
 
     def delta(self, operands: Operands, x: Tensor, routing: ModuleRouting) -> Tensor:

@@ -18,6 +18,7 @@ class TLoraExperts(TensorPoly1Experts):
 
     method = "tlora"
     uses = frozenset({"rank", "order", "norm"})
+    examples = (AdapterSpec("tlora", rank=3), AdapterSpec("tlora", rank=3, order=4))
 
     @classmethod
     def routing_size(cls, spec: AdapterSpec) -> int:

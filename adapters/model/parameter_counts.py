@@ -1,4 +1,4 @@
-"""How many parameters a method has: for all training tasks, and for adapting to a new one."""
+"""Counts the parameters of a method: of multi-task training, and of adapting to a new task."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from polyrex.adapters.methods.registry import make_experts, routing_shape
 from polyrex.adapters.spec import AdapterSpec, TargetModule
 
 from .attach import ALL_PROJECTIONS, find_targets
-from .intuition import gates_of
 
 
 @dataclass(frozen=True)
@@ -23,31 +22,31 @@ class ParameterCounts:
     modules: int
     tasks: int
     experts: int  # the inventory, shared by all tasks
-    token_routers: int  # of them, what lets tokens choose
+    token_routers: int  # those of them by which tokens choose
     routing_per_task: int  # a router
 
     @property
     def multi_task(self) -> int:
-        """What multi-task training learns: the inventory, and a router for each task."""
+        """Parameters that multi-task training learns: the inventory, and a router for each task."""
         return self.experts + self.tasks * self.routing_per_task
 
     @property
     def adaptation(self) -> int:
-        """What adapting to a new task learns: its router, or everything where there is none."""
+        """Parameters that adapting to a new task learns: a router, or all where there is none."""
         return self.routing_per_task or self.experts
 
 
 def count_parameters(
     spec: AdapterSpec, targets: tuple[TargetModule, ...], tasks: int
 ) -> ParameterCounts:
-    """Count what training would instantiate; raises SpecError as `make_experts` does."""
+    """Count the parameters that training would make; raises SpecError as `make_experts` does."""
     with torch.device("meta"):
         sizes = [
             (name, parameter.numel())
             for target in targets
             for name, parameter in make_experts(spec, target).named_parameters()
         ]
-    experts = sum(size for _, size in sizes) + (spec.intuition or 0) * gates_of(spec)
+    experts = sum(size for _, size in sizes) + (spec.intuition or 0) * spec.gates
     token_routers = sum(size for name, size in sizes if name == "token_router")
     groups, logits = routing_shape(spec, targets)
     return ParameterCounts(len(targets), tasks, experts, token_routers, groups * logits)

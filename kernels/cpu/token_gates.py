@@ -1,42 +1,29 @@
-"""Adapters whose tokens choose their gates, for an engine's layer, on the compiled operator.
+"""Adapters whose tokens choose their gates, in one layer of an engine, on the compiled operator.
 
-`add_by_token_` (contract of the rest: rank_space_layer.py; source: mixes.h) finds for each token
-h [I] and, right behind it, G logits; both are shrinks. With `s` in front of the token's routing
-weights and c [G] behind it, `g = token * s * top_k(softmax(logits)) + task * c`, then
-`y_t += B g^T h` for G = I * J pairs, or `y_t += B (g_(k mod G) h_k)` where J is 0.
+`add_by_token_` (arguments: rank_space.py; source: csrc/mixers.h) computes for each token h [I] and,
+right after it, G logits; both are shrinks. A token's routing weights are s, then c [G]. With gates
+`g = token * s * top_k(softmax(logits)) + task * c`, `y_t += B g^T h` for G = I * J pairs, or
+`y_t += B (g_(k mod G) h_k)` if J is 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from polyrex.kernels.modules import LayerModule, TokenGates
+from polyrex.kernels.packing import UNWEIGHTED, padded
 from polyrex.kernels.routing import StepRouting
 
-from .rank_space import UNWEIGHTED, LayerModule, Part, Side, padded
-
-
-@dataclass(frozen=True)
-class TokenGates:
-    """How a module's tokens choose: token_router [G, d_in] in float32, and what its gates weigh.
-
-    `pairs` gates every pair of an A and a B side; `top_k` gates are kept, None: all.
-    """
-
-    router: Tensor
-    token: float = 1.0
-    task: float = 0.0
-    pairs: bool = False
-    top_k: int | None = None
+from .rank_space import Part, Side
 
 
 class TokenSpaceLayer:
-    """`y_t += B G_t A x_t` for every module of a layer, with G_t from the token itself.
+    """`y_t += B G_t A x_t` for every module of a layer, with gates G_t that the token chooses.
 
-    A module's a is [1, I, d_in], its b [1, J, d_out], and the inputs are all there.
+    A module's a is [1, I, d_in], its b [1, J, d_out]; it must hold all of its inputs.
     """
 
     state_bytes = 0
@@ -44,7 +31,7 @@ class TokenSpaceLayer:
     def __init__(
         self, modules: Sequence[LayerModule], gates: Sequence[TokenGates], width: int
     ) -> None:
-        """`width` is W, the routing weights of one module in a row."""
+        """`width` is W, the routing weights a row holds for one module."""
         first = gates[0]
         inner, count = modules[0].a.shape[1], len(first.router)
         self._sizes = (
@@ -67,15 +54,15 @@ class TokenSpaceLayer:
         self._add_ = torch.ops.polyrex.add_by_token_.default
 
     def add_(self, y: Tensor, x: Tensor, step: StepRouting) -> None:
-        """Add the adapters' part for x [T, d_in] to y [T, d], in place."""
+        """Add the adapters' contribution for x [T, d_in] to y [T, d], in place."""
         sides = self._a.values, self._a.parts, self._b.values, self._b.parts
         self._add_(y, x, *sides, self._hidden, *self._sizes, self._scales, step.weights, step.rows)
 
 
 def _parts(router: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Tensors of `dtype` that add up to the router: gates are not chosen in half precision.
+    """Tensors of `dtype` that add up to the router, so that gates are not chosen in half precision.
 
-    One is enough where `dtype` holds the router's values, as when the inventory is stored in it.
+    One is enough if `dtype` holds the router exactly, as when the inventory is stored in it.
     """
     high = router.to(dtype)
     low = (router - high).to(dtype)

@@ -1,16 +1,17 @@
-"""The factored contraction on a GPU: sides of TLoRA and TensorPoly that are read as leaves only.
+"""The factored contraction on a GPU: sides of TLoRA and TensorPoly, read as leaves only.
 
-Row k of a side is `first_k (x) second_k - shift_k`, cut to the dimension. With an input of d
-numbers laid out as a grid X of p x p', padded with zeros, `A x` is a product of X with p' numbers a
-row and a sum against p: of the order of sqrt(d) numbers are read for each row of A where the
-materialised side has d. A layer's whole inventory (N*E*r*q numbers a side) fits in on-chip memory.
+Row k of a side is `first_k (x) second_k - shift_k`, cut to the dimension. If the d numbers of an
+input are laid out as a grid X of p x p', padded with zeros, then `A x` is a product of X with p'
+numbers for each row of A, and a weighted sum with p: about sqrt(d) numbers are read for each row,
+of which the materialised side has d. A layer's whole inventory (N*E*r*q numbers a side) fits in
+on-chip memory.
 
-A program takes one token and rows of its grid, which are the rows of a matrix instruction, so that
-tokens need neither share leaves nor be sorted by task. Leaves are read with plain loads, never
-cp.async, which passes L1 by: where tokens share them, the next program finds them there.
+A program takes one token and some rows of its grid, which are the rows of a matrix instruction, so
+that tokens need neither share leaves nor be sorted by task. Leaves are read with plain loads, never
+with cp.async, which bypasses L1: if tokens share leaves, the next program finds them there.
 
-The slow twins are materialised products, in the tests. Forward only, and names in kernels, as in
-`triton_rank_space`.
+The slow twins are materialised products, in the tests. Like rank_space.py, this is forward only,
+and names in kernels follow the same rules.
 """
 
 # ruff: noqa: N803
@@ -145,7 +146,7 @@ def factored_expand_kernel(
 
 
 class Sides(NamedTuple):
-    """What tiles depend on beside tokens and experts: the leaves, and how they are multiplied."""
+    """The leaves and their precision: with tokens and experts, all that tiles depend on."""
 
     rank: int
     first: int  # p
@@ -155,8 +156,11 @@ class Sides(NamedTuple):
 
     @classmethod
     def of(cls, first: Tensor, second: Tensor, activations: Tensor) -> Sides:
-        """16-bit activations are exact in TF32, and leaves keep more of it than of bfloat16;
-        for float32 activations three products of TF32 keep the accuracy of float32."""
+        """Take the sizes from the leaves, and the precision from the activations.
+
+        16-bit activations are exact in TF32, which keeps more of float32 leaves than bfloat16
+        would; for float32 activations three products of TF32 keep the accuracy of float32.
+        """
         precision = "tf32x3" if activations.dtype == torch.float32 else "tf32"
         (_, rank, p), p2 = first.shape, second.shape[2]
         return cls(rank, p, p2, first.element_size(), precision)
@@ -166,7 +170,7 @@ def _grid_tile(tokens: int, experts: int, sides: Sides) -> Tile:
     block_v = max(triton.next_power_of_2(sides.second), 16)
     most = min(16384 // (sides.element_size * block_v), 64)
     whole = max(min(triton.next_power_of_2(sides.first), most), 16)
-    # Few tokens: shorter blocks of the grid's rows, so that more programs share the work.
+    # With few tokens, blocks of the grid's rows are shorter, so that more programs share the work.
     filled = tokens * triton.cdiv(sides.first, whole) >= PROGRAMS
     block_u = whole if filled else 16
     warps = 8 if block_u * block_v * sides.element_size > 8192 else 4
@@ -179,7 +183,7 @@ def _grid_tile(tokens: int, experts: int, sides: Sides) -> Tile:
         "BLOCK_V": block_v,
         "PRECISION": sides.precision,
         "num_warps": warps if filled or experts > 1 else 2,
-        "num_stages": 1,  # no cp.async, see above
+        "num_stages": 1,  # no cp.async: see the head of this file
         "enable_fp_fusion": True,
     }
 
@@ -207,19 +211,19 @@ def factored_shrink(
     rows: Tensor | None,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """A x from the leaves of A.
+    """`A x` from the leaves of A.
 
     Semantics: row k of leaf set s gives `a_sk = first_sk^T X second_sk - shift_sk * sum(X)`, with X
     = x padded with zeros to p x p'; token t gets `h_k = sum_e w_te a_(rows_t + e)k`, accumulated in
-    float32. TLoRA and TensorPoly-II have one set a distinct row of the routing table, and no
-    weights; TensorPoly-I has E sets, weights [T, E], and `rows` None.
+    float32. TLoRA and TensorPoly-II have one set for each distinct row of the routing table, and no
+    weights; TensorPoly-I has E sets, weights [T, E], and no `rows`.
 
     | argument | shape | meaning |
     |---|---|---|
     | x | [T, d_in] | tokens; rows may be strided |
     | first | [S, r, p] | S leaf sets, or halves of order 4; contiguous |
-    | second | [S, r, p'] | p * p' is at least d_in; contiguous, type of `first` |
-    | shift | [S, r], [S, 1], or None for 0 | what normalisation subtracts; contiguous |
+    | second | [S, r, p'] | p * p' is at least d_in; contiguous, dtype of `first` |
+    | shift | [S, r], [S, 1], or None for 0 | subtracted by normalisation; contiguous |
     | rows | [T] integers, or None for 0 | the first leaf set of each token |
     | weights | [T, E], or None for one set of weight 1 | routing weights; rows may be strided |
 
@@ -250,7 +254,7 @@ def factored_expand(
     rows: Tensor | None,
     weights: Tensor | None = None,
 ) -> None:
-    """B h from the leaves of B, added to y in place.
+    """`B h` from the leaves of B, added to y in place.
 
     Semantics: `y_t += sum_e w_te sum_k h_tk b_(rows_t + e)k`, where
     `b_sk = first_sk (x) second_sk - shift_sk`, flattened with `first` slowest and cut to d_out.
@@ -261,8 +265,8 @@ def factored_expand(
     | h | [T, r] | from `factored_shrink`, with every scale; rows may be strided |
     | first ... weights | as in `factored_shrink` | p * p' is at least d_out |
 
-    `w h first` is rounded to the type of the leaves. A row of zeros in `weights` or h leaves its
-    row of y as it was.
+    `w h first` is rounded to the dtype of the leaves. A row of zeros in `weights` or h leaves its
+    row of y unchanged.
     """
     (tokens, d_out), (_, rank, p) = y.shape, first.shape
     assert laid_out(whole=_given(first, second, shift, rows), rows=_given(y, h, weights))
@@ -278,7 +282,7 @@ def factored_expand(
 
 
 def _rows_a_shift(shift: Tensor | None, rank: int) -> int:
-    """How many rows of a side share one number of `shift`."""
+    """The number of rows of a side that share one number of `shift`."""
     return 1 if shift is None or shift.shape[-1] == rank else rank
 
 

@@ -1,8 +1,8 @@
 """Pair-space routing (T-REX) on a GPU: the shrink, with the gates of the pairs inside the kernel.
 
-`delta = B G^T (A x)` with G [I, J] of each token, computed elsewhere. What follows the shrink is a
-dense product with B, which is `triton_rank_space.routed_expand` with one expert of weight 1.
-Forward only, and names in kernels, as there.
+`delta = B G^T (A x)`; each token's gates G [I, J] are computed elsewhere. After the shrink comes a
+dense product with B: `rank_space.routed_expand` with one expert of weight 1. Like rank_space.py,
+this is forward only, and names in kernels follow the same rules.
 """
 
 # ruff: noqa: N803
@@ -18,7 +18,7 @@ from torch import Tensor
 from .rank_space import Tile, input_span, laid_out, project, token_block
 
 GATES = 4096
-"""Gates of pairs that one program holds at a time: 32 registers a thread."""
+"""Gates of pairs that one program holds at a time: 32 registers for each thread."""
 
 
 @triton.jit
@@ -87,15 +87,15 @@ def pair_tile(tokens: int, side_a: int, side_b: int, element_size: int, *, diago
 
 
 def pair_shrink(x: Tensor, a: Tensor, pairs: Tensor) -> Tensor:
-    """The A side of T-REX, and its gates.
+    """The A side of T-REX, gated.
 
     Semantics: `h = G^T (A x)`, accumulated in float32; `h = g * (A x)` in the diagonal form.
 
     | argument | shape | meaning |
     |---|---|---|
     | x | [T, d_in] | tokens; rows may be strided |
-    | a | [I, d_in] | the rank-one experts of the A side; contiguous, type of x |
-    | pairs | [T, I, J], or [T, I]: the diagonal | gates, any float type; rows may be strided |
+    | a | [I, d_in] | the rank-one experts of the A side; contiguous, dtype of x |
+    | pairs | [T, I, J], or [T, I] for the diagonal | gates, any float type; rows may be strided |
 
     Returns h [T, J] float32 ([T, I] for the diagonal). A row of zeros in `pairs` gives exactly 0.
     """

@@ -1,15 +1,15 @@
 """The shared path on a GPU: routed shrink and routed expand, with the routing inside the kernels.
 
-The slow twin is `rank_space.rank_space_reference`. Unlike SGMV and its descendants nothing is
-grouped by task: all tokens read the same A and B, so no tokens are sorted, no pointers gathered,
-and the cost does not depend on how many tasks a batch holds. What differs by token are E weights,
-and they are applied to accumulators: neither the [T, E*r] products nor the spread [T, E*r] ever
-reaches memory.
+The slow twin is `polyrex.kernels.rank_space.rank_space_reference`. Unlike in SGMV and its
+descendants, nothing is grouped by task: all tokens read the same A and B, so that no tokens are
+sorted, no pointers are gathered, and the cost does not depend on the number of tasks in a batch.
+Tokens differ in E weights, which are applied to accumulators: neither the [T, E*r] products nor the
+spread [T, E*r] ever reach memory.
 
-Forward only: training runs the differentiable PyTorch products of `rank_space`.
+Forward only: training runs the differentiable PyTorch products of `polyrex.kernels.rank_space`.
 
-In kernels: i_ an index, o_ offsets, p_ pointers, m_ masks, b_ a block on chip; what is in capitals
-is constant in a compiled kernel.
+Names in kernels: i_ is an index, o_ offsets, p_ pointers, m_ masks, b_ a block on chip; names in
+capitals are constants of a compiled kernel.
 """
 
 # ruff: noqa: N803
@@ -25,11 +25,11 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 Tile = dict[str, int | bool | str]
-"""The constants that a kernel is compiled with, and its options (enable_fp_fusion is among them
-because Triton 3.9 warns of a default that will change)."""
+"""The constants of a compiled kernel, and its options (with enable_fp_fusion, because Triton 3.9
+warns that its default will change)."""
 
 PROGRAMS = 256
-"""How many programs fill a GPU: two for each multiprocessor of an A100 (108) or H100 (132)."""
+"""Programs that fill a GPU: about two for each multiprocessor of an A100 (108) or H100 (132)."""
 
 
 @triton.jit
@@ -42,14 +42,14 @@ def project(
     stop: tl.tensor,
     BLOCK_K: tl.constexpr,
 ) -> tl.tensor:
-    """x A^T in float32 over columns `start` to `stop`; p_x [t, 1] and p_a [c, 1] are rows."""
+    """`x A^T` in float32 over columns `start` to `stop`; p_x [t, 1], p_a [c, 1] point to rows."""
     o_k = tl.arange(0, BLOCK_K)[None, :]
     b_out = tl.zeros((p_x.shape[0], p_a.shape[0]), tl.float32)
     for i_k in range(start, stop, BLOCK_K):
         m_k = o_k < stop - i_k
         b_x = tl.load(p_x + i_k + o_k, mask=m_x & m_k, other=0.0)
         b_a = tl.load(p_a + i_k + o_k, mask=m_a & m_k, other=0.0)
-        # float32 as three TF32 products, which keep its accuracy; 16-bit inputs do not care
+        # Three TF32 products keep the accuracy of float32; for 16-bit inputs it has no effect.
         b_out = tl.dot(b_x, tl.trans(b_a), b_out, input_precision="tf32x3")
     return b_out
 
@@ -129,7 +129,7 @@ def routed_expand_kernel(
     o_c = tl.arange(0, BLOCK_E * BLOCK_R)
     m_t, m_o = o_t < tokens, o_o < d_out
     p_y = y + o_t * stride_y + o_o
-    b_y = tl.load(p_y, mask=m_t & m_o, other=0.0)  # asked for first: it arrives during the products
+    b_y = tl.load(p_y, mask=m_t & m_o, other=0.0)  # loaded first: it arrives during the products
     b_out = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     for i_r in range(0, RANK, BLOCK_R):
         p_h = h + o_t * stride_h + i_r + o_r[None, :]
@@ -147,17 +147,17 @@ def routed_expand_kernel(
     tl.store(p_y, (b_y.to(tl.float32) + b_out).to(y.dtype.element_ty), mask=m_t & m_o)
 
 
-# Tiles are of the same size in bytes for every type: of float32 they hold half as many numbers.
+# Tiles have the same size in bytes for every type: of float32 they hold half as many numbers.
 
 
 def token_block(tokens: int, element_size: int) -> int:
-    """Tokens a program takes: at least 16, a matrix instruction's rows; element_size in bytes."""
+    """Tokens of one program, at least a matrix instruction's 16 rows; element_size in bytes."""
     padded: int = triton.next_power_of_2(tokens)
     return min(max(padded, 16), 128 // element_size)
 
 
 def column_blocks(experts: int, rank: int, element_size: int) -> dict[str, int]:
-    """Columns (experts x ranks) a program takes at a time: at least 16, 128 of a 16-bit type."""
+    """Columns (experts x ranks) of one program at a time: at least 16, 128 of a 16-bit type."""
     columns = 256 // element_size
     block_r = min(max(triton.next_power_of_2(rank), 16), columns // 2)
     return {
@@ -196,10 +196,10 @@ def expand_tile(tokens: int, experts: int, rank: int, element_size: int) -> Tile
 
 
 def input_span(d_in: int, block_k: int, programs: int) -> int:
-    """How many input columns one program reads: split-K, so that few tokens still fill the GPU.
+    """The number of input columns that one program reads: split-K, so that few tokens fill the GPU.
 
-    At least two blocks, or the loads cannot overlap the products. The parts go to a float32
-    scratch that is summed afterwards: with atomics, results would change from run to run.
+    It is at least two blocks, or loads could not overlap products. Partial sums go to a float32
+    scratch, which is summed afterwards: with atomics, results would change from run to run.
     """
     splits = triton.cdiv(PROGRAMS, programs)
     blocks: int = triton.cdiv(triton.cdiv(d_in, block_k), splits)
@@ -207,7 +207,7 @@ def input_span(d_in: int, block_k: int, programs: int) -> int:
 
 
 def laid_out(*, whole: Sequence[Tensor], rows: Sequence[Tensor]) -> bool:
-    """Whether tensors lie as kernels read them: contiguous as a whole, or at least each row."""
+    """Whether tensors are laid out as kernels read them: contiguous, or contiguous in each row."""
     return all(t.is_contiguous() for t in whole) and all(t[:1].is_contiguous() for t in rows)
 
 
@@ -219,7 +219,7 @@ def routed_shrink(x: Tensor, a: Tensor, weights: Tensor) -> Tensor:
     | argument | shape | meaning |
     |---|---|---|
     | x | [T, d_in] | tokens; rows may be strided |
-    | a | [n*E*r, d_in] | the modules' A sides, module slowest, then expert; contiguous, type of x |
+    | a | [n*E*r, d_in] | A sides, module slowest, then expert; contiguous, dtype of x |
     | weights | [T, n, E] | routing weights, any float type; rows may be strided |
 
     Returns h [T, n, r] float32. A row of zeros in `weights` gives exactly 0.
@@ -253,8 +253,8 @@ def routed_expand(y: Tensor, h: Tensor, b: Tensor, weights: Tensor) -> None:
     | b | [E*r, d_out] | experts' B sides, transposed, with every scale folded in; contiguous |
     | weights | [T, E] | routing weights, any float type; rows may be strided |
 
-    The spread `w_e h` is rounded to the type of b. A row of zeros in `weights` leaves its row of y
-    as it was.
+    The spread `w_e h` is rounded to the dtype of b. A row of zeros in `weights` leaves its row of y
+    unchanged.
     """
     tokens, experts = weights.shape
     rank, d_out = b.shape[0] // experts, b.shape[1]

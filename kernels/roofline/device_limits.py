@@ -1,4 +1,4 @@
-"""What this machine's CPU reaches: the roofline's limits, measured."""
+"""Measures the limits of this machine's CPU, for the roofline."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _SECONDS = 2.0
 
 
 def measure_device() -> DeviceLimits:
-    """The CPU's limits with torch's current threads, in about five seconds and 1 GiB.
+    """The CPU's limits with torch's current threads; takes about five seconds and 1 GiB.
 
-    Bandwidth is that of reading a large buffer once, as weights are read; throughput that of a
-    large bfloat16 product. Both are the best of several runs: what the machine can do.
+    The bandwidth is that of reading a large buffer once, as weights are read, the throughput that
+    of a large bfloat16 product. Both are the best of several runs.
     """
     return DeviceLimits(_read_bandwidth(), _product_throughput())
 
@@ -35,7 +35,7 @@ def _product_throughput() -> float:
 
 
 def _least_seconds(run: Callable[[], object]) -> float:
-    """The shortest of as many runs as fit into `_SECONDS`, after one to warm up."""
+    """The time of the shortest run among those that fit into `_SECONDS`, after one to warm up."""
     run()
     shortest, begin = float("inf"), time.perf_counter()
     while True:

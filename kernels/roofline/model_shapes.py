@@ -1,7 +1,7 @@
-"""Shapes of decoder models: all that memory and the cost of a step depend on.
+"""Shapes of decoder models, which decide memory and the cost of a step.
 
-A model here is a stack of equal layers with seven projections each: q, k, v, o of the attention,
-gate, up and down of the feed-forward. Those that read the same input run as one packed product.
+A model is a stack of equal layers with seven projections each: q, k, v and o of the attention, and
+gate, up and down of the feed-forward. Projections of the same input run as one packed product.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Projection:
-    """Linear layers that read the same input of size d_in; one output size for each."""
+    """Linear layers that read the same input of size d_in, and the output size of each."""
 
     name: str
     d_in: int
@@ -19,7 +19,7 @@ class Projection:
 
     @property
     def sides(self) -> int:
-        """Sum of d_in + d_out over the layers: numbers in their adapters for each unit of rank."""
+        """The sum of d_in + d_out over the layers: the size of their adapters of rank 1."""
         return len(self.outputs) * self.d_in + sum(self.outputs)
 
 
@@ -55,18 +55,18 @@ class ModelShape:
 
     @property
     def sides(self) -> int:
-        """Sum of d_in + d_out over all target modules."""
+        """The sum of d_in + d_out over all target modules."""
         return self.layers * sum(projection.sides for projection in self.projections)
 
     @property
     def parameters(self) -> int:
-        """Numbers in the base model's matrices."""
+        """The count of numbers in the base model's matrices."""
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
         return embeddings + sum(d_in * d_out for d_in, d_out in self.modules)
 
     @property
     def kv_numbers(self) -> int:
-        """Numbers in the keys and values of one token."""
+        """The count of numbers in the keys and values of one token."""
         return 2 * self.layers * self.kv_heads * self.head_dim
 
 

@@ -1,12 +1,12 @@
-"""What a step costs at least, from shapes alone: a roofline.
+"""A lower bound of a step's cost, from shapes alone: a roofline.
 
-A product takes `max(bytes / bandwidth, flops / throughput)`, a step the sum over its products. Each
-product reads its weights and inputs once and writes its outputs once, in bfloat16. Left out are
-launches, norms, softmax, sampling, and the contraction with the routing weights, whose numbers are
-few: what is predicted is a lower bound, and ratios are better than times.
+A product takes `max(bytes / bandwidth, flops / throughput)`, and a step takes the sum over its
+products. Each product reads its weights and inputs once and writes its outputs once, in bfloat16.
+Left out are launches, norms, softmax, sampling, and the contraction with the routing weights, which
+are few. Ratios are predicted better than times.
 
-T tokens, D distinct tasks among them, E experts of rank r, N tensor order; for static T-REX r is
-both I and J.
+A step has T tokens of D distinct tasks; there are E experts of rank r; N is the tensor order. For
+static T-REX, r is both I and J.
 """
 
 from __future__ import annotations
@@ -16,27 +16,29 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from polyrex.kernels.leaf_size import leaf_size
+
 from .model_shapes import ModelShape, Projection
 
 BYTES = 2
-"""Of a number in bfloat16: weights, activations, keys and values, the routing table."""
+"""The size of a bfloat16 number: weights, activations, keys and values, the routing table."""
 FLOAT32_BYTES = 4
-"""Of a number in a router's file, and in the leaves of tensorpoly-2, which are mixed in float32."""
+"""The size of a number in a router's file, and in tensorpoly-2's leaves, mixed in float32."""
 EFFICIENCY = 0.75
-"""Of a data sheet's bandwidth and dense bfloat16 throughput, what good kernels reach."""
+"""The share of a data sheet's bandwidth and dense bfloat16 throughput that good kernels reach."""
 
 
 @dataclass(frozen=True)
 class DeviceLimits:
-    """What a device reaches, in bytes and floating-point operations a second, and holds (bytes)."""
+    """The bandwidth and throughput that a device reaches, and its memory."""
 
-    bandwidth: float
-    flops: float
-    memory: float | None = None
+    bandwidth: float  # bytes a second
+    flops: float  # floating-point operations a second
+    memory: float | None = None  # bytes
 
 
 def _gpu(terabytes: float, teraflops: float, gigabytes: float) -> DeviceLimits:
-    """From a data sheet: TB/s, dense bfloat16 TFLOP/s, GB."""
+    """The limits of a GPU from its data sheet: TB/s, dense bfloat16 TFLOP/s, GB."""
     return DeviceLimits(
         EFFICIENCY * terabytes * 1e12, EFFICIENCY * teraflops * 1e12, gigabytes * 1e9
     )
@@ -53,7 +55,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class AdapterSize:
-    """Hyperparameters that sizes depend on: E, r and N."""
+    """The hyperparameters that decide sizes: E, r and N."""
 
     experts: int
     rank: int
@@ -62,22 +64,20 @@ class AdapterSize:
 
 @dataclass(frozen=True)
 class Step:
-    """One forward pass: T new tokens in equal parts of `sequences`, D distinct tasks.
-
-    `context` is how many tokens of each sequence are in the KV cache already; `reuse` how many such
-    steps composed weights serve, where they are not kept.
-    """
+    """One forward pass: T new tokens, in equal parts of `sequences`, of D distinct tasks."""
 
     tokens: int
     distinct: int
     sequences: int = 1
     context: int = 0
+    """Tokens of each sequence that are in the KV cache already."""
     reuse: int = 1
+    """Steps like this one that composed weights serve, if they are not kept."""
 
 
 @dataclass(frozen=True)
 class Product:
-    """One kernel: what it multiplies (twice its multiplications), and the bytes it moves."""
+    """One kernel: its flops, twice the number of its multiplications, and the bytes it moves."""
 
     part: str
     flops: float
@@ -90,7 +90,7 @@ class Product:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Products added up."""
+    """The sum over the products of a step."""
 
     seconds: float
     flops: float
@@ -100,7 +100,7 @@ class StepCost:
 
     @classmethod
     def of(cls, products: Iterable[Product], device: DeviceLimits) -> StepCost:
-        """The cost of products that run one after the other."""
+        """The cost of products that run one after another."""
         done = tuple(products)
         parts: dict[str, float] = defaultdict(float)
         for product in done:
@@ -122,9 +122,11 @@ def base_projection(projection: Projection, tokens: int) -> Product:
 
 
 def attention(model: ModelShape, step: Step) -> Product:
-    """One layer's attention: for each sequence of n new tokens on c in the cache,
-    flops `4 heads head_dim (n c + n (n + 1) / 2)`; numbers `2 kv_heads head_dim (c + n)`, and the
-    queries and outputs, `2 n heads head_dim`.
+    """One layer's attention.
+
+    For each sequence of n new tokens with c in the cache: flops
+    `4 heads head_dim (n c + n (n + 1) / 2)`; numbers `2 kv_heads head_dim (c + n)`, and
+    `2 n heads head_dim` of queries and outputs.
     """
     new = step.tokens / step.sequences
     pairs = step.sequences * (new * step.context + new * (new + 1) / 2)
@@ -134,7 +136,7 @@ def attention(model: ModelShape, step: Step) -> Product:
 
 
 def base_products(model: ModelShape, step: Step) -> list[Product]:
-    """The base model's step: all layers, and the LM head on the last token of each sequence."""
+    """The base model's step: all layers, and the LM head for the last token of each sequence."""
     layer = [base_projection(projection, step.tokens) for projection in model.projections]
     layer.append(attention(model, step))
     head = Projection("lm_head", model.hidden, (model.vocabulary,))
@@ -145,7 +147,7 @@ def low_rank(projection: Projection, tokens: int, width: int, copies: int) -> li
     """`y += B (A x)` at rank `width`, with `copies` sets of weights to read.
 
     The A sides of the n layers that read x are one product: flops `2 T n width d_in`, numbers
-    `copies n width d_in + T (d_in + n width)`. Each B side is one, which reads and writes y:
+    `copies n width d_in + T (d_in + n width)`. Each B side is a product that reads and writes y:
     flops `2 T width d_out`, numbers `copies width d_out + T (width + 2 d_out)`.
     """
     d_in, all_widths = projection.d_in, len(projection.outputs) * width
@@ -163,18 +165,20 @@ def low_rank(projection: Projection, tokens: int, width: int, copies: int) -> li
 
 
 def shared(projection: Projection, step: Step, size: AdapterSize) -> list[Product]:
-    """The whole inventory on every token, `low_rank` of width `E r`: the same for any D."""
+    """Every token with the whole inventory: `low_rank` of width `E r`, whatever D is."""
     return low_rank(projection, step.tokens, size.experts * size.rank, 1)
 
 
 def separate(projection: Projection, step: Step, size: AdapterSize) -> list[Product]:
-    """Every task's own weights, `low_rank` of width r: multi-LoRA, or composed and kept."""
+    """Each task with its own weights, multi-LoRA or composed and kept: `low_rank` of width r."""
     return low_rank(projection, step.tokens, size.rank, step.distinct)
 
 
 def compose(projection: Projection, step: Step, size: AdapterSize) -> Product:
-    """Build A_t and B_t of D tasks: flops `2 D E r (d_in + d_out)`, numbers
-    `(E + D) r (d_in + d_out)`, summed over the layers of the projection; one step's share of it.
+    """Building A_t and B_t of D tasks: one step's share of it.
+
+    Flops `2 D E r (d_in + d_out)`, numbers `(E + D) r (d_in + d_out)`, summed over the layers of
+    the projection.
     """
     numbers = size.rank * projection.sides / step.reuse
     return Product(
@@ -185,13 +189,14 @@ def compose(projection: Projection, step: Step, size: AdapterSize) -> Product:
 
 
 def composed_anew(projection: Projection, step: Step, size: AdapterSize) -> list[Product]:
-    """Composed weights that are not kept."""
+    """Each task with its own weights, composed for this step and not kept."""
     return [compose(projection, step, size), *separate(projection, step, size)]
 
 
 def trex_static(projection: Projection, step: Step, size: AdapterSize) -> list[Product]:
-    """`low_rank` of width r, one set for all tasks, and each task's core between the two sides:
-    flops `2 T r^2`, numbers `D r^2 + 2 T r` a layer.
+    """`low_rank` of width r, one set for all tasks, with each task's core between the two sides.
+
+    The core of a layer: flops `2 T r^2`, numbers `D r^2 + 2 T r`.
     """
     layers, rank = len(projection.outputs), size.rank
     numbers = layers * (step.distinct * rank**2 + 2 * step.tokens * rank)
@@ -199,20 +204,12 @@ def trex_static(projection: Projection, step: Step, size: AdapterSize) -> list[P
     return [*low_rank(projection, step.tokens, rank, 1), core]
 
 
-def leaf_size(dimension: int, order: int) -> int:
-    """q, the least whole number with `q^N >= d`."""
-    q = max(1, int(dimension ** (1 / order)) - 1)
-    while q**order < dimension:
-        q += 1
-    return q
-
-
 def tensorpoly_2(projection: Projection, step: Step, size: AdapterSize) -> list[Product]:
-    """Leaves mixed for each task, and factors that are never built.
+    """Leaves mixed for each task, and applied without building the factors.
 
     A side of dimension d is two halves of `p = q^ceil(N/2)` and `p' = q^floor(N/2)` numbers a row.
-    Mixing: flops `2 D E N r q`, numbers `E N r q` read and `D r (p + p')` written, float32.
-    Applying it: flops `2 T r p (p' + 1)`; the halves are read, and x and y as in `low_rank`.
+    Mixing takes flops `2 D E N r q`, reads `E N r q` numbers and writes `D r (p + p')` in float32.
+    Applying a side takes flops `2 T r p (p' + 1)` and reads its halves, and x and y as `low_rank`.
     """
     tokens, rank, layers = step.tokens, size.rank, len(projection.outputs)
 
@@ -246,8 +243,9 @@ def tensorpoly_2(projection: Projection, step: Step, size: AdapterSize) -> list[
     ]
 
 
-Path = Callable[[Projection, Step, AdapterSize], list[Product]]
-PATHS: dict[str, Path] = {
+ServingPath = Callable[[Projection, Step, AdapterSize], list[Product]]
+"""A way to run adapters: the products that it adds to the projections of one input."""
+PATHS: dict[str, ServingPath] = {
     "shared": shared,
     "composed": separate,
     "composed, not kept": composed_anew,
@@ -255,24 +253,25 @@ PATHS: dict[str, Path] = {
     "trex static": trex_static,
     "tensorpoly-2": tensorpoly_2,
 }
-"""What adapters add to a step, for each way to run them."""
 
 
-def adapter_products(path: Path, model: ModelShape, step: Step, size: AdapterSize) -> list[Product]:
+def adapter_products(
+    path: ServingPath, model: ModelShape, step: Step, size: AdapterSize
+) -> list[Product]:
     """The products of a path in all target modules of the model."""
     layer = [product for p in model.projections for product in path(p, step, size)]
     return layer * model.layers
 
 
 def break_even(
-    path: Path, model: ModelShape, step: Step, size: AdapterSize, device: DeviceLimits
+    path: ServingPath, model: ModelShape, step: Step, size: AdapterSize, device: DeviceLimits
 ) -> int | None:
     """The least number of distinct tasks, up to T, from which `path` costs more than `shared`.
 
-    None where it never does. The cost of `path` must not fall with D.
+    None if it never does. The cost of `path` must not fall as D grows.
     """
 
-    def seconds(path: Path, distinct: int) -> float:
+    def seconds(path: ServingPath, distinct: int) -> float:
         mixed = replace(step, distinct=distinct)
         return StepCost.of(adapter_products(path, model, mixed, size), device).seconds
 
@@ -284,7 +283,7 @@ def break_even(
 
 @dataclass(frozen=True)
 class StepForecast:
-    """A step of the base model, what each path adds, and where `shared` begins to pay."""
+    """The cost of a step, what each path adds to it, and from how many tasks `shared` pays."""
 
     step: Step
     base: StepCost
@@ -296,7 +295,7 @@ class StepForecast:
 def forecast(
     model: ModelShape, step: Step, size: AdapterSize, device: DeviceLimits
 ) -> StepForecast:
-    """Predict one step on one device, adapters on every projection of the model."""
+    """Predict one step on one device, with adapters on every projection of the model."""
     return StepForecast(
         step=step,
         base=StepCost.of(base_products(model, step), device),
@@ -319,7 +318,7 @@ def predict_layer(
     rank: int,
     device: DeviceLimits,
 ) -> dict[str, float]:
-    """Seconds of one linear layer: `base`, and what `shared` and `composed` (kept) add to it."""
+    """Seconds that one linear layer takes: `base`, and what `shared` and `composed` add to it."""
     layer, step = Projection("layer", d_in, (d_out,)), Step(tokens, distinct)
     size = AdapterSize(experts, rank)
     products = {
@@ -332,19 +331,20 @@ def predict_layer(
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes beside the base model: once, for each slot on the device, for each stored task."""
+    """The bytes that a method takes beside the base model."""
 
-    experts: int
-    slot: int
-    stored: int
+    experts: int  # on the device, once
+    slot: int  # on the device, for each slot
+    stored: int  # in files, for each task
 
 
 def footprints(model: ModelShape, size: AdapterSize) -> dict[str, Footprint]:
-    """The memory of each method; a slot is a row of the routing table, stored is a router's tensor.
+    """The memory of each method: a slot is a row of the routing table, a stored task its router.
 
-    With M modules, and sums over them: rank space `E r (d_in + d_out)` numbers of experts, rows of
-    `M E`; tensorpoly-2 `E N r (q_in + q_out)` and `M N E`; static trex `r (d_in + d_out)` and
-    `M r^2`; LoRA none, and `r (d_in + d_out)` for each task, on the device and stored.
+    In numbers, with M modules and sums over them: rank space has `E r (d_in + d_out)` in experts
+    and `M E` in a row; tensorpoly-2 `E N r (q_in + q_out)` and `M N E`; static trex
+    `r (d_in + d_out)` and `M r^2`; LoRA no experts, and `r (d_in + d_out)` for each task, on the
+    device and stored.
     """
     modules, sides = len(model.modules), size.rank * model.sides
 

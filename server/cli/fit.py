@@ -3,70 +3,67 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
 
 import httpx
-import typer
+from cyclopts import Parameter
+from cyclopts.types import ExistingFile
+from rich.console import Console
 from rich.progress import Progress
 
-from .tasks import ApiKeyFile, Server, client_of
+from polyrex.adapters.errors import DataError
+from polyrex.adapters.rows import read_rows
+from polyrex.server.config import FLAT
+
+from .tasks import Connection
+
+Event = dict[str, Any]
 
 _PATIENT = httpx.Timeout(60, read=None)
-"""Beside a busy server, minutes may pass between two events; whoever leaves would end the fit."""
+"""Beside a busy server, minutes may pass between two events."""
+
+_SUMMED_UP = ("registered", "refused", None)
+"""Events that end a fit, and errors, which are none: the summary says the same."""
 
 
 def fit(
-    task: Annotated[str, typer.Option(help="The task's name.")],
-    rows: Annotated[
-        Path,
-        typer.Option(help="JSON lines: input, answer, options.", exists=True, dir_okay=False),
-    ],
-    instruction: Annotated[str, typer.Option(help="What is asked of every row, in words.")],
-    server: Server = "http://127.0.0.1:8000",
-    api_key_file: ApiKeyFile = None,
+    *,
+    task: Annotated[str, Parameter(help="Name of the task.")],
+    rows: Annotated[ExistingFile, Parameter(help="JSON lines: input, answer, options.")],
+    instruction: Annotated[str, Parameter(help="What is asked of every row, in words.")],
     replace: Annotated[
-        bool, typer.Option("--replace", help="Give an existing task a new version.")
+        bool, Parameter(help="Give an existing task a new version.", negative=())
     ] = False,
-) -> None:
-    """Fit a task to a few rows on a running server, which serves it where it beats the base model.
+    as_json: Annotated[
+        bool, Parameter(name="--json", help="Print the last event as JSON.", negative=())
+    ] = False,
+    connection: Annotated[Connection, FLAT] = Connection(),  # noqa: B008  # frozen
+) -> int:
+    """Fit a task to a few rows on a running server, which serves it if it beats the base model.
 
-    Exits with 1 where it does not, or where the server refuses.
+    Exits with 1 if it does not, or if the server refuses.
     """
     body = {"instruction": instruction, "rows": _rows(rows), "replace": replace}
-    client = client_of(server, api_key_file)
-    with client, Progress(transient=True) as progress:
-        bar = progress.add_task("starting", total=None)
-        last: dict[str, Any] = {}
-        for last in _events(client, f"/v1/tasks/{quote(task, safe='')}/fit", body):
-            if last.get("event") == "progress":
-                note = f"fitting, loss {last['loss']:.3f}"
-                progress.update(bar, description=note, completed=last["step"], total=last["steps"])
-    typer.echo(json.dumps(last, indent=2))
-    if last.get("event") != "registered":
-        raise typer.Exit(1)
+    path = f"/v1/tasks/{quote(task, safe='')}/fit"
+    with connection.client() as client:
+        last = _follow(_events(client, path, body), Console(stderr=True))
+    print(json.dumps(last, indent=2) if as_json else _summary(last))
+    return 0 if last.get("event") == "registered" else 1
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        typer.echo(f"polyrex fit: {path}: cannot be read: {error}", err=True)
-        raise typer.Exit(2) from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            rows.append({key: row[key] for key in ("input", "answer", "options") if key in row})
-        except (ValueError, TypeError) as error:
-            typer.echo(f"polyrex fit: {path}:{number}: not a row: {error}", err=True)
-            raise typer.Exit(2) from error
-    return rows
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    return [row.to_json() for row in read_rows(lines, str(path))]
 
 
-def _events(client: httpx.Client, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _events(client: httpx.Client, path: str, body: dict[str, Any]) -> Iterator[Event]:
+    """The events of a fit; the last is an error's body where the server refuses or is not there."""
     try:
         with client.stream("POST", path, json=body, timeout=_PATIENT) as response:
             if response.is_error:
@@ -76,5 +73,51 @@ def _events(client: httpx.Client, path: str, body: dict[str, Any]) -> Iterator[d
                 if line.startswith("data: {"):
                     yield json.loads(line.removeprefix("data: "))
     except httpx.TransportError as error:
-        typer.echo(f"polyrex fit: {client.base_url}: {error}", err=True)
-        raise typer.Exit(1) from error
+        yield {"error": {"message": f"{client.base_url}: {error}"}}
+
+
+def _follow(events: Iterable[Event], console: Console) -> Event:
+    """Show events as they come, as a bar on a terminal and as lines elsewhere; returns the last."""
+    last: Event = {"error": {"message": "the server ended the fit without a result"}}
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("starting", total=None)
+        for last in events:
+            if last.get("event") == "progress":
+                note = f"fitting, loss {last['loss']:.3f}"
+                progress.update(bar, description=note, completed=last["step"], total=last["steps"])
+            if not console.is_terminal and last.get("event") not in _SUMMED_UP:
+                console.print(_line(last), markup=False, highlight=False, soft_wrap=True)
+    return last
+
+
+def _line(event: Event) -> str:
+    """An event in words."""
+    match event:
+        case {"event": "progress", "step": step, "steps": steps, "loss": loss}:
+            return f"step {step} of {steps}: loss {loss:.3f}"
+        case {"event": "scored"}:
+            return f"scored: {_scores(event)}"
+        case {"event": "registered", "task": task}:
+            return f"registered: task {task['name']}, version {task['version']}"
+        case {"event": "refused", "reason": reason}:
+            return f"refused: {reason}"
+        case {"error": {"message": message}}:
+            return f"failed: {message}"
+    return str(event.get("event", event))
+
+
+def _summary(last: Event) -> str:
+    """What became of the fit, with its scores."""
+    match last:
+        case {"event": "registered", "task": {"scores": {"held_out": scores}}}:
+            return f"{_line(last)}; {_scores(scores)}"
+        case {"event": "refused"}:
+            return f"{_line(last)}; {_scores(last)}"
+    return _line(last)
+
+
+def _scores(scores: Event) -> str:
+    return (
+        f"{scores['metric']} {scores['adapted']:.3g} on {scores['rows']} rows held out,"
+        f" base model {scores['base']:.3g}"
+    )

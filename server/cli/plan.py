@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from cyclopts import Parameter
+from cyclopts.types import NonNegativeInt, PositiveFloat, PositiveInt
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from polyrex.adapters.errors import PolyrexError
 from polyrex.kernels.roofline.model_shapes import MODELS, ModelShape
 from polyrex.kernels.roofline.roofline import (
     BYTES,
@@ -28,7 +30,7 @@ from polyrex.kernels.roofline.roofline import (
     footprints,
     forecast,
 )
-from polyrex.server.config import VllmConfig
+from polyrex.server.config import VllmEngineConfig
 
 CPU = "cpu"
 
@@ -77,36 +79,45 @@ class Deployment:
         }
 
 
+class PlanError(PolyrexError):
+    """A model or a device of which nothing is known."""
+
+
 def plan(
+    *,
     model: Annotated[
-        str, typer.Option(help=f"A folder with a config.json, or one of {', '.join(MODELS)}.")
+        str, Parameter(help=f"A folder with a config.json, or one of {', '.join(MODELS)}.")
     ],
-    gpu: Annotated[str, typer.Option(help=f"{', '.join(GPUS)}, or {CPU}, which is measured.")],
-    tasks: Annotated[int, typer.Option(min=1, help="Registered tasks.")] = 1000,
-    experts: Annotated[int, typer.Option(min=1, help="Experts E a module.")] = 8,
-    rank: Annotated[int, typer.Option(min=1, help="LoRA rank r; I and J of static trex.")] = 16,
-    order: Annotated[int, typer.Option(min=1, help="Tensor order N.")] = 2,
+    gpu: Annotated[str, Parameter(help=f"{', '.join(GPUS)}, or {CPU}, which is measured.")],
+    tasks: Annotated[PositiveInt, Parameter(help="Registered tasks.")] = 1000,
+    experts: Annotated[PositiveInt, Parameter(help="Experts E of a module.")] = 8,
+    rank: Annotated[PositiveInt, Parameter(help="LoRA rank r; I and J of static trex.")] = 16,
+    order: Annotated[PositiveInt, Parameter(help="Tensor order N.")] = 2,
     slots: Annotated[
-        int, typer.Option(min=1, help="Rows of the routing table on the device.")
-    ] = VllmConfig.slots,
-    batch: Annotated[int, typer.Option(min=1, help="Requests that decode together.")] = 32,
+        PositiveInt, Parameter(help="Rows of the routing table on the device.")
+    ] = VllmEngineConfig.slots,
+    batch: Annotated[PositiveInt, Parameter(help="Requests that decode together.")] = 32,
     distinct: Annotated[
-        int | None,
-        typer.Option(min=1, help="Distinct tasks of a step.", show_default="a request each"),
+        PositiveInt | None,
+        Parameter(help="Distinct tasks of a step; one for each request if not given."),
     ] = None,
-    context: Annotated[int, typer.Option(min=0, help="Cached tokens of a decoding request.")] = 512,
+    context: Annotated[
+        NonNegativeInt, Parameter(help="Cached tokens of a decoding request.")
+    ] = 512,
     reuse: Annotated[
-        int, typer.Option(min=1, help="Decode steps that composed weights serve if not kept.")
+        PositiveInt, Parameter(help="Decode steps that composed weights serve if not kept.")
     ] = Step.reuse,
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts of a prefill step.")] = 4,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
+    prompts: Annotated[PositiveInt, Parameter(help="Prompts of a prefill step.")] = 4,
+    prompt_tokens: Annotated[PositiveInt, Parameter(help="Tokens of a prompt.")] = 512,
     bandwidth_gbs: Annotated[
-        float | None, typer.Option(min=1e-3, help="GB/s that the device reaches.")
+        PositiveFloat | None, Parameter(help="GB/s that the device reaches.")
     ] = None,
     tflops: Annotated[
-        float | None, typer.Option(min=1e-6, help="bfloat16 TFLOP/s that the device reaches.")
+        PositiveFloat | None, Parameter(help="bfloat16 TFLOP/s that the device reaches.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: Annotated[
+        bool, Parameter(name="--json", help="Print one JSON document.", negative=())
+    ] = False,
 ) -> None:
     """Predict memory, the cost of a step on every path, and where the shared path begins to pay.
 
@@ -127,7 +138,7 @@ def plan(
         {name: forecast(shape, step, size, device) for name, step in steps.items()},
     )  # fmt: skip
     if as_json:
-        typer.echo(json.dumps(deployment.document(), indent=2))
+        print(json.dumps(deployment.document(), indent=2))
     else:
         _print(deployment)
 
@@ -135,7 +146,7 @@ def plan(
 def model_shape(name: str) -> ModelShape:
     """The shape of a model known by name, or of a folder; nothing is asked of the network.
 
-    Names may lack the owner, or say `-Instruct`. Raises typer.BadParameter.
+    Names may lack the owner, or say `-Instruct`. Raises PlanError.
     """
     if Path(name).exists():
         return _shape_in(name)
@@ -153,20 +164,19 @@ def _shape_in(folder: str) -> ModelShape:
     """From a config.json, held against the linear layers of the model that it makes."""
     from transformers import AutoConfig
 
-    from polyrex.adapters.errors import PolyrexError
     from polyrex.adapters.model.parameter_counts import base_targets
 
     try:
         modules = [(target.d_in, target.d_out) for target in base_targets(folder)]
         shape = _shape_of(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except PolyrexError as error:
-        raise typer.BadParameter(str(error), param_hint="--model") from error
+        raise PlanError(f"--model: {error}") from error
     except AttributeError as error:
-        raise typer.BadParameter(f"{folder}: {error}", param_hint="--model") from error
+        raise PlanError(f"--model: {folder}: {error}") from error
     if sorted(shape.modules) != sorted(modules):
-        raise typer.BadParameter(
-            f"{folder}: not a decoder of equal layers with projections q, k, v, o, gate, up, down",
-            param_hint="--model",
+        raise PlanError(
+            f"--model: {folder}: not a decoder of equal layers with projections"
+            " q, k, v, o, gate, up, down"
         )
     return shape
 
@@ -188,7 +198,7 @@ def _shape_of(config: Any) -> ModelShape:
 def device_limits(name: str, bandwidth_gbs: float | None, tflops: float | None) -> DeviceLimits:
     """What a device reaches; figures that are given stand in for its own.
 
-    The CPU is measured, unless both are given. Raises typer.BadParameter.
+    The CPU is measured, unless both are given. Raises PlanError.
     """
     given: dict[str, float] = {}
     if bandwidth_gbs is not None:
@@ -206,14 +216,11 @@ def device_limits(name: str, bandwidth_gbs: float | None, tflops: float | None) 
     return replace(measure_device(), **given)
 
 
-def _unknown(
-    option: str, name: str, known: Iterable[str], otherwise: str = ""
-) -> typer.BadParameter:
+def _unknown(option: str, name: str, known: Iterable[str], otherwise: str = "") -> PlanError:
     near = difflib.get_close_matches(name, known, n=2)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    return typer.BadParameter(
-        f"no {option} {name!r}; there are {', '.join(known)}{otherwise}{hint}",
-        param_hint=f"--{option}",
+    return PlanError(
+        f"--{option}: no {option} {name!r}; there are {', '.join(known)}{otherwise}{hint}"
     )
 
 

@@ -8,8 +8,7 @@ from contextlib import aclosing
 import torch
 
 from polyrex.adapters.files.inventory import Inventory
-from polyrex.adapters.files.registry import TaskInfo, TaskVersion
-from polyrex.adapters.files.router import Router, RouterMetadata
+from polyrex.adapters.files.task import TaskVersion
 
 from .base import Engine, GenerationRequest, SamplingParams
 
@@ -34,11 +33,4 @@ async def _run(engine: Engine, request: GenerationRequest) -> None:
 
 def _neutral_task(inventory: Inventory) -> TaskVersion:
     """Equal routing weights for all experts: a task that is in no registry."""
-    name = "warm-up"
-    router = Router(
-        logits=torch.zeros(inventory.routing_shape),
-        metadata=RouterMetadata(inventory_sha256=inventory.sha256, task=name),
-        sha256=name,
-    )
-    info = TaskInfo(name, 1, name, 0, 0.0, "", {}, {})
-    return TaskVersion(info, router)
+    return TaskVersion.unregistered(inventory, "warm-up", torch.zeros(inventory.routing_shape))

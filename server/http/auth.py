@@ -1,4 +1,4 @@
-"""API keys: read from a file, and asked for on every path but the two health checks."""
+"""API keys: read from a file, and required on every path but the two health checks."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from pathlib import Path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from polyrex.server.errors import AuthenticationError, StartError, error_response
+from polyrex.server.errors import AuthenticationError, StartError
+
+from .error_handlers import error_response
 
 OPEN_PATHS = frozenset({"/livez", "/readyz"})
 
 
 def read_key_digests(path: Path) -> tuple[bytes, ...]:
-    """The sha256 of every key in a file, one key a line; raises StartError without any."""
+    """Read a file of keys, one a line, as sha256 digests; raises StartError where it has none."""
     try:
         keys = path.read_text().split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -28,9 +30,10 @@ def read_key_digests(path: Path) -> tuple[bytes, ...]:
 
 
 class Authentication:
-    """Lets a request through whose bearer token is a known key.
+    """Lets a request through only if its bearer token is a known key.
 
-    It looks at the path that the router will look at, never at one put together from headers.
+    Which paths are open is decided by the path that the router uses, never by one that is
+    reconstructed from headers.
     """
 
     def __init__(self, app: ASGIApp, digests: Sequence[bytes]) -> None:
@@ -49,7 +52,7 @@ class Authentication:
     def _knows(self, authorization: str) -> bool:
         scheme, _, key = authorization.partition(" ")
         digest = _digest(key.strip())
-        # Every key is compared, so that the time taken tells nothing about any of them.
+        # Every key is compared, so that the time taken reveals nothing about any of them.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         return scheme.lower() == "bearer" and any(matches)
 

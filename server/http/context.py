@@ -1,4 +1,4 @@
-"""What the routes work with: built once in app.py, reached through a dependency."""
+"""Everything that the routes work with: built once in app.py, injected by FastAPI."""
 
 from __future__ import annotations
 
@@ -11,32 +11,38 @@ from fastapi import Depends, Request
 from polyrex.adapters.files.registry import TaskRegistry
 from polyrex.server.config import ServerConfig
 from polyrex.server.engines.base import Engine
+from polyrex.server.errors import InvalidRequest
 from polyrex.server.metrics import Metrics
 from polyrex.server.requests.admission import Gate, Readiness
 from polyrex.server.requests.fitting import Fitter
-from polyrex.server.requests.prompt_routing import PromptIntuition
+from polyrex.server.requests.prepare import RequestPreparer
 from polyrex.server.requests.text import Tokenizer
 
 
 @dataclass(frozen=True)
-class Services:
-    """Everything that a route may need."""
+class AppContext:
+    """The parts of one application. Only routes read it; they pass on what is needed below."""
 
     config: ServerConfig
     engine: Engine
     registry: TaskRegistry
     tokenizer: Tokenizer
+    preparer: RequestPreparer
     metrics: Metrics
     gate: Gate
     readiness: Readiness
     fitter: Fitter
-    intuition: PromptIntuition | None
     started: int = field(default_factory=lambda: int(time.time()))
 
+    def check_name(self, task: str) -> None:
+        """Raise InvalidRequest where a new task would have the base model's name."""
+        if task == self.config.model:
+            raise InvalidRequest(f"{task!r} is the base model's name", "name")
 
-async def _of_app(request: Request) -> Services:  # not async, it would run in a thread
-    services: Services = request.app.state.services
-    return services
+
+async def _of_app(request: Request) -> AppContext:  # async: FastAPI runs others in a thread
+    context: AppContext = request.app.state.context
+    return context
 
 
-ServicesDep = Annotated[Services, Depends(_of_app)]
+Context = Annotated[AppContext, Depends(_of_app)]

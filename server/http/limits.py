@@ -1,4 +1,4 @@
-"""Bounds on what a client may send, applied before anything reads it; and the count of answers."""
+"""Middleware that bounds what a client may send, before anything reads it, and counts answers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from polyrex.server.config import ServerConfig
-from polyrex.server.errors import HeadersTooLarge, TooLarge, error_response
+from polyrex.server.errors import HeadersTooLarge, TooLarge
+
+from .error_handlers import error_response
 
 _METHODS = frozenset({"GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"})
-
-
 _DROPPED = 16
-"""How many times the limit of a body is read and dropped before the connection is closed."""
+"""How many times the body limit is read and dropped before the connection is closed."""
 
 
 class HeaderLimit:
@@ -38,7 +38,7 @@ class HeaderLimit:
 
 
 class BodyLimit:
-    """Reads the body, whatever its Content-Length says, and refuses it when it is too large."""
+    """Reads the whole body, whatever its Content-Length says, and refuses one that is too large."""
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self._app = app
@@ -53,8 +53,8 @@ class BodyLimit:
         received = 0
         too_large = len(declared) > 19 or (declared.isdecimal() and int(declared) > self._limit)
         more = True
-        # Of a body that is too large, the rest is read and dropped: a client that still sends would
-        # otherwise see its connection break, and not the answer. That, too, has an end.
+        # The rest of a body that is too large is read and dropped, up to a bound: a client that is
+        # still sending would otherwise see its connection break instead of the answer.
         while more and received <= _DROPPED * self._limit:
             message = await receive()
             if message["type"] == "http.disconnect":
@@ -89,7 +89,7 @@ class CountAnswers:
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                # A client chooses method and path: neither may make a label of its own.
+                # Clients choose method and path: neither may create a label of its own.
                 method = scope["method"] if scope["method"] in _METHODS else "other"
                 route = getattr(scope.get("route"), "path", "none")
                 self._counter.labels(method, route, message["status"]).inc()

@@ -1,66 +1,109 @@
-"""The JSON of responses, whole and streamed, in OpenAI's two shapes."""
+"""The JSON of responses: OpenAI's two shapes, whole and streamed, and the tasks of polyrex."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any, ClassVar
 
+from polyrex.adapters.files.task import TaskInfo
 from polyrex.server.requests.generation import Piece, TextToken
-from polyrex.server.requests.prepare import Plan
+from polyrex.server.requests.prepare import PreparedRequest
 
 Json = dict[str, Any]
 
 LEAST_LOGPROB = -9999.0
-"""What a probability of 0 is shown as: JSON has no infinity."""
+"""The log-probability shown for a probability of 0: JSON has no infinity."""
 
 
-def usage(plan: Plan, generated: int) -> Json:
+def version_headers(prepared: PreparedRequest) -> dict[str, str]:
+    """The response header that says which task version answers."""
+    if prepared.task is None:
+        return {}
+    return {"x-polyrex-task-version": f"{prepared.task.info.name}@{prepared.task.info.version}"}
+
+
+def task_shape(info: TaskInfo) -> Json:
+    """A task, as every route that shows one shows it."""
+    return {
+        "name": info.name,
+        "object": "task",
+        "version": info.version,
+        "router_sha256": info.router_sha256,
+        "size_bytes": info.size_bytes,
+        "created": int(info.created),
+        "description": info.description,
+        "provenance": dict(info.provenance),
+        "scores": dict(info.scores),
+    }
+
+
+def _usage(prepared: PreparedRequest, generated: int) -> Json:
     """Token counts; a prompt counts once, however many completions it has."""
     return {
-        "prompt_tokens": plan.prompt_tokens,
+        "prompt_tokens": prepared.prompt_tokens,
         "completion_tokens": generated,
-        "total_tokens": plan.prompt_tokens + generated,
+        "total_tokens": prepared.prompt_tokens + generated,
     }
 
 
 class Shape(ABC):
-    """How one endpoint writes the pieces of a plan's choices."""
+    """How one endpoint renders the pieces of a request's choices."""
 
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
 
     @abstractmethod
     def choice(self, index: int, pieces: Sequence[Piece]) -> Json:
-        """A whole choice."""
+        """Render a whole choice."""
 
     @abstractmethod
     def chunk_choice(self, index: int, piece: Piece, *, first: bool) -> Json:
-        """A piece of a choice in a stream; `first` of its choice."""
+        """Render one piece of a streamed choice; `first`: it is the first of its choice."""
 
-    def whole(self, plan: Plan, pieces: Sequence[Sequence[Piece]]) -> Json:
-        """The response; `pieces` of every choice."""
+    def whole(self, prepared: PreparedRequest, pieces: Sequence[Sequence[Piece]]) -> Json:
+        """Render the whole response from the pieces of each choice."""
         choices = [self.choice(index, own) for index, own in enumerate(pieces)]
         generated = sum(piece.generated for own in pieces for piece in own)
-        return self._envelope(plan, self.whole_object, choices) | {"usage": usage(plan, generated)}
+        envelope = self._envelope(prepared, self.whole_object, choices)
+        return envelope | {"usage": _usage(prepared, generated)}
 
-    def chunk(self, plan: Plan, choices: Sequence[Json]) -> Json:
-        """One event of a stream."""
-        return self._envelope(plan, self.chunk_object, choices)
+    async def stream(
+        self,
+        prepared: PreparedRequest,
+        pieces: AsyncGenerator[tuple[int, Piece], None],
+        *,
+        include_usage: bool,
+    ) -> AsyncGenerator[Json, None]:
+        """Render the events of a streamed response, one for each piece that shows something."""
+        begun: set[int] = set()
+        generated = 0
+        counts = {"usage": None} if include_usage else {}
+        async with aclosing(pieces):
+            async for index, piece in pieces:
+                generated += piece.generated
+                if piece.text or piece.tokens or piece.finish_reason is not None:
+                    choice = self.chunk_choice(index, piece, first=index not in begun)
+                    begun.add(index)
+                    yield self._envelope(prepared, self.chunk_object, [choice]) | counts
+        if include_usage:
+            last = self._envelope(prepared, self.chunk_object, [])
+            yield last | {"usage": _usage(prepared, generated)}
 
-    def _envelope(self, plan: Plan, kind: str, choices: Sequence[Json]) -> Json:
+    def _envelope(self, prepared: PreparedRequest, kind: str, choices: Sequence[Json]) -> Json:
         return {
-            "id": plan.id,
+            "id": prepared.id,
             "object": kind,
-            "created": plan.created,
-            "model": plan.model,
-            "system_fingerprint": plan.fingerprint,
+            "created": prepared.created,
+            "model": prepared.model,
+            "system_fingerprint": _fingerprint(prepared),
             "choices": list(choices),
         }
 
 
 class CompletionShape(Shape):
-    """POST /v1/completions."""
+    """Responses of POST /v1/completions."""
 
     whole_object = chunk_object = "text_completion"
 
@@ -80,7 +123,7 @@ class CompletionShape(Shape):
 
 
 class ChatShape(Shape):
-    """POST /v1/chat/completions."""
+    """Responses of POST /v1/chat/completions."""
 
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
@@ -104,6 +147,14 @@ class ChatShape(Shape):
         }
 
 
+def _fingerprint(prepared: PreparedRequest) -> str | None:
+    """Which task version answers, for OpenAI's field system_fingerprint."""
+    if prepared.task is None:
+        return None
+    info = prepared.task.info
+    return f"{info.name}@{info.version}:{info.router_sha256[:12]}"
+
+
 def _joined(pieces: Sequence[Piece]) -> Piece:
     return Piece(
         text="".join(piece.text for piece in pieces),
@@ -116,7 +167,7 @@ def _completion_logprobs(tokens: Sequence[TextToken]) -> Json:
     def top(token: TextToken) -> dict[str, float] | None:
         if token.logprob is None:
             return None
-        # Different tokens can have one text: the likeliest of them stands for it.
+        # Several tokens can have the same text: the likeliest of them is shown.
         return {text: _finite(logprob) for text, logprob in reversed(token.top)}
 
     return {
@@ -131,7 +182,7 @@ def _completion_logprobs(tokens: Sequence[TextToken]) -> Json:
 
 def _chat_logprobs(tokens: Sequence[TextToken]) -> Json:
     def entry(text: str, logprob: float) -> Json:
-        # The bytes of a part of a character are not known from its text.
+        # The text of a partial character does not tell its bytes.
         known = None if "\ufffd" in text else list(text.encode())
         return {"token": text, "logprob": _finite(logprob), "bytes": known}
 

@@ -1,4 +1,4 @@
-"""Answers that end when their reader does: server-sent events, and work without a stream."""
+"""Responses that stop working when their client disconnects: event streams, and whole answers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from polyrex.adapters.errors import PolyrexError
-from polyrex.server.errors import ClientDisconnected, error_response
-from polyrex.server.requests.generation import Piece, generate
-from polyrex.server.requests.prepare import Plan
+from polyrex.server.errors import ClientDisconnected
 
-from .context import Services
-from .responses import Json, Shape, usage
+from .error_handlers import error_response
+from .responses import Json
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +24,7 @@ T = TypeVar("T")
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client goes away (ClientDisconnected)."""
+    """Await `work`; where the client disconnects first, cancel it and raise ClientDisconnected."""
     working = asyncio.create_task(work)
     watching = asyncio.create_task(_disconnected(receive))
     try:
@@ -45,38 +43,11 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def collect(services: Services, plan: Plan) -> list[list[Piece]]:
-    """All pieces of each of a plan's choices."""
-    collected: list[list[Piece]] = [[] for _ in plan.choices]
-    async with aclosing(generate(services, plan)) as pieces:
-        async for index, piece in pieces:
-            collected[index].append(piece)
-    return collected
-
-
-async def stream_events(
-    services: Services, plan: Plan, shape: Shape, *, include_usage: bool
-) -> AsyncGenerator[Json, None]:
-    """The events of a streamed answer, one for every piece that has something to show."""
-    begun: set[int] = set()
-    generated = 0
-    counts = {"usage": None} if include_usage else {}
-    async with aclosing(generate(services, plan)) as pieces:
-        async for index, piece in pieces:
-            generated += piece.generated
-            if piece.text or piece.tokens or piece.finish_reason is not None:
-                choice = shape.chunk_choice(index, piece, first=index not in begun)
-                begun.add(index)
-                yield shape.chunk(plan, [choice]) | counts
-    if include_usage:
-        yield shape.chunk(plan, []) | {"usage": usage(plan, generated)}
-
-
 class EventStream(Response):
-    """Server-sent events, ended by `[DONE]`, or by an error event where the answer failed.
+    """Server-sent events that end with `[DONE]`, or with an error event where the work failed.
 
-    An error before the first event is an ordinary error response. `held` is released when all is
-    done but saying so.
+    An error before the first event becomes an ordinary error response. `held` (the request's place
+    in the server) is released before the last event is sent.
     """
 
     media_type = "text/event-stream"
@@ -95,7 +66,7 @@ class EventStream(Response):
             try:
                 await until_disconnect(receive, self._send_events(send))
             except ClientDisconnected:
-                if not self._begun:  # a status can be counted; later there is nothing to add
+                if not self._begun:  # a 499 can be counted; later, no status can follow
                     raise
 
     async def _send_events(self, send: Send) -> None:
@@ -112,7 +83,7 @@ class EventStream(Response):
                 if not isinstance(error, PolyrexError):
                     logger.exception("a stream failed")
                 last = bytes(error_response(error).body).decode()
-        self._held.close()  # whoever has read the end may ask again at once
+        self._held.close()  # a client that reads the end may send its next request at once
         await _send_event(send, last)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from fastapi import FastAPI
@@ -15,7 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 from polyrex.adapters.files.inventory import Inventory, load_experts, read_inventory
 from polyrex.adapters.files.registry import TaskRegistry
 from polyrex.adapters.model.base_model import load_base, load_tokenizer, resolve_base
-from polyrex.server.config import Device, Dtype, EngineName, Launch, ServerConfig
+from polyrex.server.config import Device, Dtype, EngineName, Launch
 from polyrex.server.engines.base import Engine
 from polyrex.server.engines.threads import in_passing_thread
 from polyrex.server.errors import StartError
@@ -29,15 +26,16 @@ _DTYPES = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}
 
 @dataclass(frozen=True)
 class Loaded:
-    """An application whose engine is not started yet, and the tasks that it serves."""
+    """An application whose engine has not started yet, with its tasks and its inventory's path."""
 
     app: FastAPI
     registry: TaskRegistry
+    inventory: Path
 
 
 def load(launch: Launch, progress: Progress) -> Loaded:
-    """Load everything that serving needs; raises PolyrexError where something does not fit."""
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # ours says the same in one line
+    """Load everything that serving needs; raises PolyrexError where the parts do not fit."""
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # our own progress says as much
     name = launch.server.model
     path = launch.inventory or shipped_inventory(name)
     with progress.stage(f"inventory {path}"):
@@ -55,7 +53,8 @@ def load(launch: Launch, progress: Progress) -> Loaded:
     rejected = len(registry.rejected)
     progress.say(f"{len(registry)} tasks" + (f", {rejected} files rejected" if rejected else ""))
     intuition = prompt_intuition(inventory)
-    return Loaded(create_app(launch.server, engine, registry, tokenizer, intuition), registry)
+    app = create_app(launch.server, engine, registry, tokenizer, intuition)
+    return Loaded(app, registry, path)
 
 
 def _embedded(launch: Launch, base: str, inventory: Inventory) -> Engine:
@@ -64,21 +63,20 @@ def _embedded(launch: Launch, base: str, inventory: Inventory) -> Engine:
     def make() -> Engine:
         model = load_base(base, _DTYPES[launch.dtype], _device(launch.device))
         adapted = load_experts(inventory, model)
-        return EmbeddedEngine(adapted, model, inventory, launch.engine_config)
+        return EmbeddedEngine(adapted, inventory, launch.embedded)
 
     return in_passing_thread(make)
 
 
 def _vllm(launch: Launch, base: str, inventory: Inventory) -> Engine:
     try:
-        from polyrex.server.engines.vllm.engine import (
-            VllmEngine,  # here, as vLLM need not be installed
-        )
+        # imported here because vLLM is optional
+        from polyrex.server.engines.vllm.engine import VllmEngine
     except ImportError as error:
         raise StartError(
             f"the vllm engine needs vLLM, which cannot be imported: {error}"
         ) from error
-    return VllmEngine(base, inventory, launch.vllm_config, launch.dtype)
+    return VllmEngine(base, inventory, launch.vllm, launch.dtype)
 
 
 _ENGINES = {EngineName.embedded: _embedded, EngineName.vllm: _vllm}
@@ -91,27 +89,10 @@ def _device(device: Device) -> str:
 
 
 def shipped_inventory(base: str) -> Path:
-    """The inventory that comes with polyrex for a base model; raises StartError without one."""
-    # Beside this file once its links are followed: an editable install links the code alone.
+    """The path of the inventory shipped for a base model; raises StartError where there is none."""
+    # Found through the resolved path of this file: an editable install links the code alone.
     package = Path(__file__).resolve().parents[2]
     path = package / "adapters" / "shipped" / base / "inventory.safetensors"
     if not path.exists():
         raise StartError(f"no inventory comes with polyrex for {base}: give --inventory FILE")
     return path
-
-
-def example_request(config: ServerConfig, registry: TaskRegistry) -> str:
-    """A command line that asks one of the tasks something sensible."""
-    body: dict[str, Any] = {"prompt": "The capital of France is"}
-    for task in registry.list(limit=100):
-        prompt = task.provenance.get("example_prompt")
-        if isinstance(prompt, str):
-            body = {"task": task.name, "prompt": prompt}
-            break
-    body |= {"max_tokens": 16, "temperature": 0}
-    key = ["-H", "Authorization: Bearer $KEY"] if config.api_key_digests else []
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    address = f"http://{host}:{config.port}/v1/completions"
-    arguments = ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
-    words = [shlex.quote(word) for word in ("curl", address, *arguments)]
-    return " ".join(words + ([key[0], f'"{key[1]}"'] if key else []))

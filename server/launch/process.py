@@ -1,4 +1,4 @@
-"""The server as a process: its socket, its signals, its end."""
+"""The server as a process: its socket, its signals, how it ends."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from polyrex.server.requests.admission import Readiness
 
 
 def check_exposure(host: str, *, keys: bool, insecure: bool) -> None:
-    """Raise StartError where a server that asks for no API key would be open to the network."""
+    """Raise StartError where a server without API keys would be open to the network."""
     try:
         loopback = ipaddress.ip_address(host).is_loopback
     except ValueError:
         loopback = host == "localhost"
     if not (loopback or keys or insecure):
         raise StartError(
-            f"{host} can be reached from outside, and no API key would be asked for: "
+            f"{host} can be reached from outside, and no API key would be required: "
             "give --api-key-file FILE, or --insecure if that is meant"
         )
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; raises StartError where the address cannot be had.
+    """Open a listening socket; raises StartError where the address is taken or not ours.
 
-    Bound before the model is loaded, so that a taken port is known at once.
+    It is bound before the model is loaded, so that a taken port is reported at once.
     """
     try:
         found = socket.getaddrinfo(host, port, proto=socket.IPPROTO_TCP)
         family, kind, protocol, _, address = found[0]
-        # asyncio sends at once (TCP_NODELAY) only where the socket says that it is TCP; otherwise
-        # an answer's last packet may wait 40 ms for the client's acknowledgement of the first.
+        # asyncio sets TCP_NODELAY only where the protocol is given as TCP; without it, an answer's
+        # last packet may wait 40 ms for the client to acknowledge the first.
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -55,10 +55,10 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
-    """How uvicorn runs the application."""
+    """Configure uvicorn to run the application."""
     return uvicorn.Config(
         app,
-        http="h11",  # unlike httptools, it bounds the headers that it holds in memory
+        http="h11",  # unlike httptools, it bounds the memory that headers take
         h11_max_incomplete_event_size=config.max_header_bytes,
         ws="none",
         log_config=None,
@@ -72,23 +72,23 @@ def run(
     app: FastAPI,
     listener: socket.socket,
     config: ServerConfig,
-    readiness: Readiness,
     ready: Callable[[], None],
 ) -> None:
     """Serve until SIGTERM or SIGINT, then let running requests finish for a bounded time.
 
-    `ready` is called when the engine answers. Raises StartError where it failed to start.
+    `ready` is called once the engine has started. Raises StartError where it failed to start.
     """
-    asyncio.run(_run(app, listener, config, readiness, ready))
+    asyncio.run(_run(app, listener, config, ready))
 
 
 async def _run(
     app: FastAPI,
     listener: socket.socket,
     config: ServerConfig,
-    readiness: Readiness,
     ready: Callable[[], None],
 ) -> None:
+    # not through AppContext, whose module imports torch: the port is bound before that
+    readiness: Readiness = app.state.context.readiness
     server = _Server(uvicorn_config(app, config))
 
     async def watch_start() -> None:
@@ -108,7 +108,7 @@ async def _run(
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which would end by the signal that stopped it; this one ends well."""
+    """uvicorn's server, but it exits normally: uvicorn would raise the signal again at the end."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""What a starting server tells its operator."""
+"""Tells the operator how far a starting server is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 
 
 class Progress:
-    """Names each stage while it runs, and says how long it took; on standard error."""
+    """Names each stage while it runs, then how long it took, on standard error."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -18,16 +18,16 @@ class Progress:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """A stage of starting up."""
+        """Run one stage of the start."""
         start = time.monotonic()
         with self._console.status(name):
             yield
         self._console.print(f"[dim]{time.monotonic() - start:6.1f} s[/dim]  {name}", markup=True)
 
     def say(self, text: str) -> None:
-        """One line."""
+        """Print one line."""
         self._console.print(f"          {text}", markup=False)
 
     def elapsed(self) -> float:
-        """Seconds since the start."""
+        """The seconds since the start."""
         return time.monotonic() - self._start

@@ -1,4 +1,4 @@
-"""Who is let in: not before the engine has been started, and no more than can be served."""
+"""Admission: nobody before the engine has started, and no more completions than a limit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from polyrex.server.errors import EngineStopped, InvalidRequest, Overloaded
 
 
 class Gate:
-    """Counts the completions that are under way, and lets no more than a limit in."""
+    """Counts the completions under way and admits no more than a limit."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -19,7 +19,10 @@ class Gate:
 
     @contextmanager
     def admit(self, completions: int) -> Iterator[None]:
-        """Count them while the context lasts; raises Overloaded where they are too many."""
+        """Count completions as under way while the context lasts.
+
+        Raises Overloaded where there is no room now, InvalidRequest where there never is.
+        """
         if completions > self._limit:
             raise InvalidRequest(
                 f"prompts times n may be at most {self._limit}, got {completions}", "n"
@@ -35,13 +38,13 @@ class Gate:
 
 @dataclass
 class Readiness:
-    """Whether the engine has been started; `settled` is set when that has succeeded or failed."""
+    """Whether the engine has started; `settled` is set once that has succeeded or failed."""
 
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     failure: BaseException | None = None
 
     def check(self) -> None:
-        """Raise EngineStopped unless the engine has been started."""
+        """Raise EngineStopped unless the engine has started."""
         if not self.settled.is_set():
             raise EngineStopped("the engine is starting")
         if self.failure is not None:

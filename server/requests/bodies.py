@@ -1,15 +1,27 @@
-"""The bodies of requests, as they come over the wire: OpenAI's shapes plus the field `task`.
+"""Request bodies as they come over the wire: OpenAI's schema plus the fields of polyrex.
 
-Every field that a body may hold stands here; any other is refused, so that no option is ever
+Every field that a body may have is declared here; any other is refused, so that no option is ever
 silently ignored. A field that is null counts as not given, as in OpenAI's schema. The fields of
-`OnlyNeutral` exist because clients send them with values that change nothing: only those are taken.
+`OnlyNeutral` exist because clients send them with values that change nothing; only those values
+are accepted.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
+
+from polyrex.adapters.errors import DataError
+from polyrex.adapters.rows import Row, parse_row
 
 MAX_CHOICES = 8
 MAX_LOGPROBS = 20
@@ -17,7 +29,7 @@ MAX_PROMPTS = 32
 
 
 def _encodable(text: str) -> str:
-    # JSON can spell half a surrogate pair, which is no text and which no tokenizer takes.
+    # JSON can spell half a surrogate pair, which is not text: no tokenizer accepts it.
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -37,7 +49,7 @@ Prompt = (
 
 
 class Wire(BaseModel):
-    """A JSON object that holds the fields below and no others, each of exactly its type."""
+    """A JSON object with exactly the declared fields, each of exactly its type."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -50,7 +62,7 @@ class Wire(BaseModel):
 
 
 class OnlyNeutral(Wire):
-    """Fields of OpenAI's that polyrex does not have, at the values that ask for nothing."""
+    """OpenAI's fields that polyrex does not implement, at their neutral values only."""
 
     presence_penalty: Annotated[float, Field(ge=0, le=0)] = 0
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] = 0
@@ -58,18 +70,20 @@ class OnlyNeutral(Wire):
 
 
 class StreamOptions(Wire):
-    """How to stream."""
+    """Options of a streamed response."""
 
     include_usage: bool = False
 
 
 class Sampling(OnlyNeutral):
-    """What completions and chat completions have in common."""
+    """The fields that completions and chat completions share."""
 
-    model: Text | None = Field(None, description="the base model's id, or the name of a task")
-    task: Text | None = Field(None, description="the task to answer; the base model without one")
+    model: Text | None = Field(None, description="the base model's id, or a task's name")
+    task: Text | None = Field(
+        None, description="the task that answers; without one, the base model"
+    )
     intuition: Literal["prompt"] | None = Field(
-        None, description="route by what the prompt says, instead of by a task"
+        None, description="route by the prompt's own embedding instead of a task's router"
     )
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -78,7 +92,7 @@ class Sampling(OnlyNeutral):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
-    ignore_eos: bool = Field(False, description="go on after the end-of-sequence token")
+    ignore_eos: bool = Field(False, description="continue past the end-of-sequence token")
     user: Text | None = Field(None, description="accepted, and not used")
 
     @model_validator(mode="after")
@@ -89,12 +103,12 @@ class Sampling(OnlyNeutral):
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """`stop` as a tuple, whichever way it was given."""
+        """`stop` as a tuple, whether it was one string or a list."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with a chunk that counts tokens."""
+        """Whether the stream ends with a chunk of token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
@@ -116,14 +130,19 @@ class CompletionRequest(Sampling):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """The prompts one by one, each as text or as token ids."""
+        """The prompts as a list, each as text or as token ids."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)
 
+    @property
+    def completions(self) -> int:
+        """How many completions the response has."""
+        return len(self.prompts) * self.n
+
 
 class TextPart(Wire):
-    """A piece of a chat message."""
+    """One part of a chat message."""
 
     type: Literal["text"]
     text: Text
@@ -138,7 +157,7 @@ class Message(Wire):
 
     @property
     def text(self) -> str:
-        """The content as one string; parts are put on lines of their own."""
+        """The content as one string, with each part on a line of its own."""
         if isinstance(self.content, str):
             return self.content
         return "\n".join(part.text for part in self.content)
@@ -161,6 +180,11 @@ class ChatCompletionRequest(Sampling):
             raise ValueError("max_tokens and max_completion_tokens are the same: give one")
         return self
 
+    @property
+    def completions(self) -> int:
+        """How many completions the response has."""
+        return self.n
+
 
 class NewTask(Wire):
     """The JSON body of POST /v1/tasks."""
@@ -169,25 +193,57 @@ class NewTask(Wire):
     router: Annotated[str, Field(description="the router file, base64")]
 
 
-class FitRow(Wire):
-    """One labelled example."""
+MAX_ROWS, MIN_ROWS, MAX_OPTIONS = 1024, 8, 64
+_ROW_KEYS = {"input", "answer", "options"}
 
-    input: Text
-    answer: Annotated[Text, Field(min_length=1)]
-    options: Annotated[list[Text], Field(min_length=2, max_length=64)] | None = None
 
-    @model_validator(mode="after")
-    def _answer_is_an_option(self) -> FitRow:
-        if self.options is not None and self.answer not in self.options:
-            raise ValueError(f"answer {self.answer!r:.80} is not among the options")
-        return self
+def _rows(values: Any) -> tuple[Row, ...]:
+    """The rows of a fit; the schema of a row is that of adapters/rows.py, without a split."""
+    if not isinstance(values, list) or not MIN_ROWS <= len(values) <= MAX_ROWS:
+        count = len(values) if isinstance(values, list) else repr(values)[:80]
+        raise ValueError(f"expected a list of {MIN_ROWS} to {MAX_ROWS} rows, got {count}")
+    rows = []
+    for index, value in enumerate(values):
+        try:
+            row = parse_row(value, f"rows[{index}]")
+        except DataError as error:
+            raise ValueError(str(error)) from error
+        if unknown := value.keys() - _ROW_KEYS:
+            raise ValueError(f"rows[{index}]: unknown field {min(unknown)!r:.80}")
+        if row.options is not None and not 2 <= len(row.options) <= MAX_OPTIONS:
+            count = f"2 to {MAX_OPTIONS} entries, got {len(row.options)}"
+            raise ValueError(f"rows[{index}]: `options` must have {count}")
+        rows.append(row)
+    return tuple(rows)
+
+
+_ROWS_SCHEMA = {
+    "type": "array",
+    "minItems": MIN_ROWS,
+    "maxItems": MAX_ROWS,
+    "items": {
+        "type": "object",
+        "required": ["input", "answer"],
+        "additionalProperties": False,
+        "properties": {
+            "input": {"type": "string"},
+            "answer": {"type": "string", "minLength": 1},
+            "options": {
+                "type": ["array", "null"],
+                "items": {"type": "string"},
+                "minItems": 2,
+                "maxItems": MAX_OPTIONS,
+            },
+        },
+    },
+}
 
 
 class FitRequest(Wire):
     """The body of POST /v1/tasks/{name}/fit."""
 
     instruction: Annotated[Text, Field(min_length=1)]
-    rows: Annotated[list[FitRow], Field(min_length=8, max_length=1024)]
+    rows: Annotated[tuple[Row, ...], PlainValidator(_rows), WithJsonSchema(_ROWS_SCHEMA)]
     replace: bool = Field(False, description="give an existing task a new version")
 
 

@@ -1,8 +1,8 @@
-"""Fitting a task to a few rows, beside serving: a process of its own, which yields to the engine.
+"""Fits a task to a few rows while the server runs, in a worker process that yields to the engine.
 
-The server knows the worker by its name alone: training and server meet through files. The worker
-has its own interpreter and a lower priority, so that neither the event loop nor the engine waits
-for it.
+The server knows the worker by its module name alone: training and server meet through files. The
+worker has its own interpreter and a lower priority, so that neither the event loop nor the engine
+waits for it.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from polyrex.adapters.errors import TaskExists, UnknownTask
-from polyrex.adapters.files.registry import TaskInfo, TaskRegistry
+from polyrex.adapters.files.registry import TaskRegistry
+from polyrex.adapters.files.task import TaskInfo
 from polyrex.server.errors import FitFailed, InvalidRequest, Overloaded
-from polyrex.server.http.task_shape import task_shape
 
 from .bodies import FitRequest
 
-Json = dict[str, Any]
+Event = dict[str, Any]
+"""One step of a fit, as JSON: `event` says which, the worker defines the rest."""
 
 COMMAND = (sys.executable, "-P", "-m", "polyrex.training.fit_worker")
 
 
 class Fitter:
-    """Fits one task at a time, and registers it where it does better than the base model."""
+    """Fits one task at a time, and registers it if it beats the base model."""
 
     def __init__(self, base: str, registry: TaskRegistry) -> None:
         self._base = base
@@ -38,10 +39,10 @@ class Fitter:
 
     @contextmanager
     def admit(self, name: str, body: FitRequest) -> Iterator[None]:
-        """The one fit at a time, while the context lasts; refuses what would fail after a minute.
+        """Occupy the fitter while the context lasts; refuse at once what would fail in the end.
 
-        Raises Overloaded while another task is fitted, TaskExists where the name is taken and is
-        not to be replaced, InvalidRequest where the method has no routing to fit.
+        Raises Overloaded while another task is being fitted, TaskExists where the name is taken
+        and is not to be replaced, InvalidRequest where the method has no routing to fit.
         """
         if self._busy:
             raise Overloaded("another task is being fitted; one is at a time")
@@ -62,14 +63,14 @@ class Fitter:
         if not body.replace:
             raise TaskExists(f"task {name} is there already; send replace to give it a new version")
 
-    async def fit(self, name: str, body: FitRequest) -> AsyncGenerator[Json, None]:
-        """The events of one fit, ending with `registered` or `refused`.
+    async def fit(self, name: str, body: FitRequest) -> AsyncGenerator[Event | TaskInfo, None]:
+        """Yield the worker's events, and last the task as registered, or the event `refused`.
 
         Closing the generator ends the worker. Raises FitFailed where the worker failed.
         """
         with tempfile.TemporaryDirectory(prefix="polyrex-fit-") as folder:
             out = Path(folder) / "router.safetensors"
-            scored: Json = {}
+            scored: Event = {}
             async with aclosing(self._work(name, body, out)) as events:
                 async for event in events:
                     yield event
@@ -78,20 +79,19 @@ class Fitter:
                 reason = "the fitted task does no better on the rows held out than the base"
                 yield scored | {"event": "refused", "reason": reason}
                 return
-            info = await asyncio.to_thread(self._register, name, out, body.replace)
-            yield {"event": "registered", "task": task_shape(info)}
+            yield await asyncio.to_thread(self._register, name, out, body.replace)
 
     def _register(self, name: str, router: Path, replace: bool) -> TaskInfo:
         return self._registry.register(name, router.read_bytes(), replace=replace)[0]
 
-    async def _work(self, name: str, body: FitRequest, out: Path) -> AsyncGenerator[Json, None]:
-        """The worker's events, the last one being `scored`."""
+    async def _work(self, name: str, body: FitRequest, out: Path) -> AsyncGenerator[Event, None]:
+        """Run the worker and yield its events; the last one is `scored`."""
         job = {
             "base": self._base,
             "inventory": str(self._registry.inventory.path),
             "task": name,
             "instruction": body.instruction,
-            "rows": [row.model_dump() for row in body.rows],
+            "rows": [row.to_json() for row in body.rows],
             "out": str(out),
         }
         async with _process() as process:
@@ -99,7 +99,7 @@ class Fitter:
             assert process.stdout is not None
             process.stdin.write(json.dumps(job).encode())
             process.stdin.close()
-            event: dict[str, Any] = {}
+            event: Event = {}
             async for line in process.stdout:
                 event = json.loads(line)
                 if event["event"] == "failed":

@@ -1,4 +1,4 @@
-"""From token chunks to text: runs a plan's choices in the engine, all at once."""
+"""Runs a request's choices in the engine, all at once, and turns their tokens into text."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeVar
 
-from polyrex.server.engines.base import FinishReason, Token, TokenChunk
+from polyrex.server.engines.base import Engine, FinishReason, Token, TokenChunk
 from polyrex.server.errors import EngineError
-from polyrex.server.http.context import Services
+from polyrex.server.metrics import Metrics
 
-from .prepare import Choice, Plan
+from .prepare import Choice, PreparedRequest
 from .text import IncrementalDecoder, StopScanner, Tokenizer
 
 T = TypeVar("T")
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TextToken:
-    """A token as text, with its log-probability, and the alternatives' likewise."""
+    """A token as text, with its log-probability and its best alternatives, each with its own."""
 
     text: str
     logprob: float | None  # None for a prompt's first token
@@ -32,36 +32,51 @@ class TextToken:
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that has become certain, with the tokens that begin in it where they were asked for."""
+    """Text that has become certain, and the tokens that begin in it, where they were asked for."""
 
     text: str
     tokens: tuple[TextToken, ...] = ()
     finish_reason: FinishReason | None = None
-    generated: int = 0  # tokens that the engine has made for this piece
+    generated: int = 0  # tokens that the engine generated for this piece
 
 
-async def generate(services: Services, plan: Plan) -> AsyncGenerator[tuple[int, Piece], None]:
-    """The pieces of all of a plan's choices, each with the number of its choice, as they come.
+async def generate(
+    engine: Engine, tokenizer: Tokenizer, metrics: Metrics, prepared: PreparedRequest
+) -> AsyncGenerator[tuple[int, Piece], None]:
+    """Yield the pieces of all choices as they come, each with the index of its choice.
 
-    Closing the generator aborts what is still running.
+    Closing the generator aborts the choices that are still running.
     """
     start = time.perf_counter()
     begun: set[int] = set()
-    streams = [_complete(services, choice) for choice in plan.choices]
+    streams = [_complete(engine, tokenizer, choice) for choice in prepared.choices]
     async with aclosing(_merge(streams)) as pieces:
         async for index, piece in pieces:
             if index not in begun:
                 begun.add(index)
-                services.metrics.first_token.observe(time.perf_counter() - start)
+                metrics.first_token.observe(time.perf_counter() - start)
             if piece.finish_reason is not None:
-                services.metrics.finished.labels(piece.finish_reason).inc()
+                metrics.finished.labels(piece.finish_reason).inc()
             yield index, piece
-    services.metrics.latency.observe(time.perf_counter() - start)
+    metrics.latency.observe(time.perf_counter() - start)
 
 
-async def _complete(services: Services, choice: Choice) -> AsyncGenerator[Piece, None]:
-    assembler = _Assembler(services.tokenizer, choice)
-    async with aclosing(services.engine.generate(choice.request)) as chunks:
+async def collect(
+    pieces: AsyncGenerator[tuple[int, Piece], None], choices: int
+) -> list[list[Piece]]:
+    """Await all pieces, sorted by choice."""
+    collected: list[list[Piece]] = [[] for _ in range(choices)]
+    async with aclosing(pieces):
+        async for index, piece in pieces:
+            collected[index].append(piece)
+    return collected
+
+
+async def _complete(
+    engine: Engine, tokenizer: Tokenizer, choice: Choice
+) -> AsyncGenerator[Piece, None]:
+    assembler = _Assembler(tokenizer, choice)
+    async with aclosing(engine.generate(choice.request)) as chunks:
         async for chunk in chunks:
             piece = assembler.push(chunk)
             yield piece
@@ -73,8 +88,8 @@ async def _complete(services: Services, choice: Choice) -> AsyncGenerator[Piece,
 async def _merge(
     streams: Sequence[AsyncGenerator[T, None]],
 ) -> AsyncGenerator[tuple[int, T], None]:
-    """Items of all streams as they come, each with the number of its stream."""
-    # As many items as streams may wait: a slow reader holds the streams back.
+    """Yield the items of all streams as they come, each with the index of its stream."""
+    # Bounded, so that a slow reader holds the streams back.
     queue: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue(len(streams))
 
     async def drain(index: int, stream: AsyncGenerator[T, None]) -> None:
@@ -104,14 +119,14 @@ async def _merge(
 
 
 class _Assembler:
-    """Makes pieces of one choice out of its chunks."""
+    """Turns the token chunks of one choice into pieces of text."""
 
     def __init__(self, tokenizer: Tokenizer, choice: Choice) -> None:
         self._tokenizer = tokenizer
         self._choice = choice
         self._decoder = IncrementalDecoder(tokenizer, choice.request.prompt)
         self._stops = StopScanner(choice.stop)
-        self._echo = choice.echo  # until it has been shown
+        self._echo = choice.echo  # None once it has been shown
         self._decoded = self._shown = len(choice.echo or "")  # characters
         self._waiting: deque[TextToken] = deque()
 
@@ -139,7 +154,7 @@ class _Assembler:
         return shown
 
     def _release(self, *, everything: bool) -> tuple[TextToken, ...]:
-        """Take the tokens that begin in the text shown so far."""
+        """Remove and return the waiting tokens that begin in the text shown so far."""
         released = []
         while self._waiting and (everything or self._waiting[0].offset < self._shown):
             released.append(self._waiting.popleft())

@@ -1,7 +1,7 @@
-"""Between text and token ids: the base model's tokenizer and chat template, and stop strings.
+"""Converts between text and token ids: tokenizer, chat template, decoding, stop strings.
 
-Everything here is the same for every engine. Encoding and rendering may take long and are called
-off the event loop; decoding takes microseconds a token and is called on it.
+All of this is the same for every engine. Encoding and template rendering can be slow and run off
+the event loop; decoding takes microseconds per token and runs on it.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from transformers import PreTrainedTokenizerBase
 from polyrex.server.errors import InvalidRequest
 
 _CONTEXT = 4
-"""Tokens before a text that can change how its first token decodes (a leading space, a character
-begun in the prompt)."""
+"""How many tokens before a text can change how its first token decodes (a leading space, a
+character that began in the prompt)."""
 _UNFINISHED = "\ufffd"
-"""What an unfinished UTF-8 character decodes to: once, or once a byte, so up to three of them."""
+"""An unfinished UTF-8 character decodes to this: once, or once per byte, so up to three times."""
 
 
 class Tokenizer:
     """The base model's tokenizer, safe to call from several threads at once."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        # The Rust tokenizer alone: transformers' wrapper changes its settings in every call.
+        # The Rust tokenizer itself: transformers' wrapper changes its settings on every call.
         self._backend = tokenizer.backend_tokenizer
         self._wrapper = tokenizer
         self.vocabulary_size = len(tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the special tokens that the model wants around it."""
+        """Encode a prompt, with the special tokens that the model expects around it."""
         ids: list[int] = self._backend.encode(text).ids
         return ids
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a chat in the model's own template, up to where the assistant answers."""
+        """Encode a chat in the model's own template, up to where the assistant answers."""
         try:
             text = self._wrapper.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True
@@ -50,13 +50,17 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
-        """The text of token ids; special tokens are left out unless asked for."""
+        """Decode token ids; special tokens are left out unless asked for."""
         text: str = self._backend.decode(ids, skip_special_tokens=not special)
         return text
 
 
 class IncrementalDecoder:
-    """Turns tokens into text one by one, never a part of a UTF-8 character."""
+    """Decodes tokens one by one and never yields part of a UTF-8 character.
+
+    tokenizers.DecodeStream does not replace it: it repeats the text before a character that began
+    in the prompt, and holds bytes that are not UTF-8 back for ever.
+    """
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
@@ -64,7 +68,7 @@ class IncrementalDecoder:
         self._shown = len(_finished(tokenizer.decode(self._ids)))
 
     def push(self, token: int) -> str:
-        """The text that has become certain with this token."""
+        """The text that this token makes certain."""
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids)
         certain = _finished(text)
@@ -82,7 +86,7 @@ def _finished(text: str) -> str:
 
 
 class StopScanner:
-    """Ends a text before the first stop string, and holds back what may yet become one."""
+    """Cuts a text before its first stop string, and holds back what may yet become one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
@@ -90,7 +94,7 @@ class StopScanner:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """What of the text so far can be shown now; `stopped` tells whether it ends there."""
+        """Add text; return what can be shown now. `stopped` tells whether the text ends there."""
         held = self._held + text
         found = [at for at in (held.find(stop) for stop in self._stops) if at >= 0]
         if found:
@@ -102,12 +106,12 @@ class StopScanner:
         return held[: len(held) - keep]
 
     def flush(self) -> str:
-        """What was held back, now that nothing follows."""
+        """Return what was held back, once nothing more follows."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with, without being all of it."""
+    """Length of the longest proper prefix of `stop` that `text` ends with."""
     sizes = range(min(len(text), len(stop) - 1), 0, -1)
     return next((size for size in sizes if text.endswith(stop[:size])), 0)

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from polyrex.adapters.files.inventory import Inventory, read_inventory, write_inventory
 from polyrex.adapters.files.router import RouterMetadata, router_bytes
 from polyrex.adapters.methods.protocol import Experts
-from polyrex.adapters.methods.registry import make_experts
+from polyrex.adapters.methods.registry import METHODS, make_experts
 from polyrex.adapters.model.attach import attach, find_targets
 from polyrex.adapters.spec import AdapterSpec, TargetModule
+from support.small_model import random_llama
 
 MakeModel = Callable[..., nn.Module]
 MakeRouter = Callable[..., bytes]
@@ -30,26 +30,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-SMALL_SPECS = (
-    AdapterSpec("lora", rank=3, alpha=2.0),
-    AdapterSpec("poly", rank=3, experts=5),
-    AdapterSpec("mhr", rank=2, experts=5, splits=3),
-    AdapterSpec("tlora", rank=3),
-    AdapterSpec("tlora", rank=3, order=4),
-    AdapterSpec("tensorpoly-1", rank=3, experts=5),
-    AdapterSpec("tensorpoly-1", rank=3, experts=5, order=4),
-    AdapterSpec("tensorpoly-1", rank=3, experts=5, order=3, norm="none"),
-    AdapterSpec("tensorpoly-2", rank=3, experts=5),
-    AdapterSpec("tensorpoly-2", rank=3, experts=5, order=4),
-    AdapterSpec("tensorpoly-2", rank=3, experts=5, order=3, norm="none"),
-    AdapterSpec("tensorpoly-x", rank=3, experts=3),
-    AdapterSpec("tensorpoly-x", rank=3, experts=2, order=3),
-    AdapterSpec("trex", rank=3, rank_out=5),
-    AdapterSpec("trex", rank=3, form="diagonal"),
-    AdapterSpec("trex", rank=3, rank_out=5, form="static"),
-    AdapterSpec("molora", rank=2, experts=5),
-    AdapterSpec("sira", rank=2, experts=7),
-)
+SMALL_SPECS = tuple(spec for method in METHODS.values() for spec in method.examples)
 
 
 def spec_id(spec: AdapterSpec) -> str:
@@ -94,21 +75,7 @@ def random_experts(small_spec: AdapterSpec, small_target: TargetModule) -> Exper
 @pytest.fixture
 def make_model() -> MakeModel:
     """Makes a small language model, `make_model(hidden_size=...)`; the same every time."""
-
-    def make(hidden_size: int = 24, vocab_size: int = 50) -> nn.Module:
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            hidden_size=hidden_size,
-            intermediate_size=30,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=vocab_size,
-        )
-        model: nn.Module = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
-        return model.eval()
-
-    return make
+    return random_llama
 
 
 @pytest.fixture

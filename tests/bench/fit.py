@@ -1,20 +1,18 @@
-"""`make bench-fit`: what running streams feel of a task that is being fitted.
+"""`make bench-fit`: how much a fit delays the tokens of running streams.
 
-A server process answers a few streams without a pause. A task is fitted meanwhile, then not, in
-turns; the gaps between the tokens of the streams are compared. The last line is one JSON document.
+A server process answers a few streams without a pause. In turns, a task is fitted meanwhile or it
+is not; the gaps between the tokens of the streams are compared. The last line is one JSON document.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,144 +21,130 @@ import httpx
 from polyrex.adapters.model.base_model import DEFAULT_BASE
 from polyrex.server.config import EngineName
 from polyrex.server.launch.loading import shipped_inventory
+from polyrex.training.data.tasks import load_tasks
 
-from .serving import machine, server_process
+from .harness import Turns, command_line, machine, report
+from .server_process import completion, connected, server_process
 
 STREAMS, NEW_TOKENS = 4, 96
 QUIET_SECONDS = 30.0
-PROMPT = "The capital of France is a very nice city and I would like to visit it because"
+ROWS = 32
 
 
 @dataclass
-class Gaps:
-    """Seconds between tokens, in the phase that is being measured; None while none is."""
+class Streams:
+    """Streams that run; `gaps` collects the seconds between their tokens while it is a list."""
 
-    phase: str | None = None
-    seconds: dict[str, list[float]] = field(default_factory=dict)
+    gaps: list[float] | None = None
     stopped: bool = False
 
-    def add(self, gap: float) -> None:
-        """Note one gap, from any thread."""
-        if self.phase is not None:
-            self.seconds.setdefault(self.phase, []).append(gap)
+    @contextmanager
+    def measured(self) -> Iterator[list[float]]:
+        """The gaps in milliseconds, while the context lasts."""
+        found: list[float] = []
+        self.gaps = found
+        yield found
+        self.gaps = None
+
+    def run(self, address: httpx.URL, task: str) -> None:
+        """Stream one completion of the task after the other."""
+        body = completion(task=task, max_tokens=NEW_TOKENS, stream=True)
+        with connected(address) as client:
+            while not self.stopped:
+                last = None
+                for _ in events(client, "/v1/completions", body):
+                    now = time.perf_counter()
+                    if last is not None and self.gaps is not None:
+                        self.gaps.append(1e3 * (now - last))
+                    last = now
+
+
+def events(client: httpx.Client, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The events that the server streams in answer to a request."""
+    with client.stream("POST", path, json=body, timeout=600) as response:
+        response.raise_for_status()
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                yield json.loads(line.removeprefix("data: "))
 
 
 @contextmanager
-def streaming(address: httpx.URL, tasks: list[str]) -> Iterator[Gaps]:
-    """Streams that begin anew whenever they end, one a task, while the context lasts."""
-    gaps = Gaps()
-    threads = [threading.Thread(target=_stream, args=(address, task, gaps)) for task in tasks]
+def streaming(address: httpx.URL, tasks: list[str]) -> Iterator[Streams]:
+    """One stream a task, started again whenever it ends, while the context lasts."""
+    streams = Streams()
+    threads = [threading.Thread(target=streams.run, args=(address, task)) for task in tasks]
     for thread in threads:
         thread.start()
     try:
-        yield gaps
+        yield streams
     finally:
-        gaps.stopped = True
+        streams.stopped = True
         for thread in threads:
             thread.join()
 
 
-def _stream(address: httpx.URL, task: str, gaps: Gaps) -> None:
-    body = {
-        "task": task,
-        "prompt": PROMPT,
-        "max_tokens": NEW_TOKENS,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-    }
-    with httpx.Client(base_url=address, timeout=120, trust_env=False) as client:
-        while not gaps.stopped:
-            last = None
-            with client.stream("POST", "/v1/completions", json=body) as response:
-                for line in response.iter_lines():
-                    if line.startswith("data: {"):
-                        now = time.perf_counter()
-                        if last is not None:
-                            gaps.add(now - last)
-                        last = now
-
-
-def percentile(values: list[float], share: float) -> float:
-    """The value that `share` of the values lie below."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-
-def fit_once(client: httpx.Client, name: str, body: dict[str, Any]) -> dict[str, Any]:
-    """Fit a task; its last event, with the seconds from the request to it."""
+def fit_seconds(client: httpx.Client, body: dict[str, Any]) -> float:
+    """Fit a task; the seconds from the request to the last event."""
     started = time.perf_counter()
-    last: dict[str, Any] = {}
-    with client.stream("POST", f"/v1/tasks/{name}/fit", json=body, timeout=600) as response:
-        for line in response.iter_lines():
-            if line.startswith("data: {"):
-                last = json.loads(line.removeprefix("data: "))
-    return last | {"seconds": round(time.perf_counter() - started, 1)}
+    for event in events(client, "/v1/tasks/fitted/fit", body):
+        if "error" in event:
+            raise RuntimeError(f"the fit failed: {event}")
+    return round(time.perf_counter() - started, 1)
 
 
-def measure(engine: EngineName, body: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """Gaps in turns of quiet and fitting; and how long a fit takes with the server idle."""
-    found: list[dict[str, Any]] = []
-    ratios = []
+def percentile(values: list[float], percent: int) -> float:
+    """The value that this share of the values lie below."""
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+def delays(engine: EngineName, body: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """The gaps in turns of quiet and fitting; and how long a fit takes on an idle server."""
+    turns = Turns()
+    loaded: list[float] = []
+    gaps: dict[str, list[float]] = {"quiet": [], "fit": []}
     inventory = shipped_inventory(DEFAULT_BASE)
-    with (
-        tempfile.TemporaryDirectory(prefix="polyrex-tasks-") as folder,
-        server_process(inventory, Path(folder), "--engine", engine) as (client, _),
-    ):
-        idle = fit_once(client, "fitted", body)
+    with server_process(inventory, "--engine", engine) as (client, _):
+        idle = fit_seconds(client, body)
         names = [task["name"] for task in client.get("/v1/tasks").json()["data"]]
-        with streaming(client.base_url, names[:STREAMS]) as gaps:
+        with streaming(client.base_url, names[:STREAMS]) as streams:
             for number in range(rounds):
-                gaps.phase = f"quiet {number}"
-                time.sleep(QUIET_SECONDS)
-                gaps.phase = f"fit {number}"
-                found.append(fit_once(client, "fitted", body | {"replace": True}))
-                gaps.phase = None
-                fitting, quiet = (
-                    percentile(gaps.seconds[f"{phase} {number}"], 0.99)
-                    for phase in ("fit", "quiet")
-                )
-                ratios.append(fitting / quiet)
-                print(f"round {number}: p99 {1e3 * fitting:.0f} / {1e3 * quiet:.0f} ms", flush=True)
-    everything = {
-        phase: [gap for name, own in gaps.seconds.items() if name.startswith(phase) for gap in own]
-        for phase in ("quiet", "fit")
-    }
+                with streams.measured() as quiet:
+                    time.sleep(QUIET_SECONDS)
+                with streams.measured() as fitting:
+                    loaded.append(fit_seconds(client, body | {"replace": True}))
+                for phase, found in ("quiet", quiet), ("fit", fitting):
+                    turns.add(phase, percentile(found, 99))
+                    gaps[phase] += found
+                    print(f"round {number}: {phase} p99 {percentile(found, 99):.0f} ms", flush=True)
     return {
-        "fit_seconds_idle": idle["seconds"],
-        "fit_seconds_under_load": [each["seconds"] for each in found],
-        "p99_ratio": round(statistics.median(ratios), 3),
-        "p99_ratios": [round(ratio, 3) for ratio in ratios],
+        "fit_seconds_idle": idle,
+        "fit_seconds_under_load": loaded,
+        "p99_ratio": turns.compare("fit", "quiet").ratio,
+        "p99_ratios": [round(ratio, 3) for ratio in turns.ratios("fit", "quiet")],
         "milliseconds": {
-            f"{phase} p{share}": round(1e3 * percentile(own, share / 100), 1)
-            for phase, own in everything.items()
-            for share in (50, 99)
+            f"{phase} p{percent}": round(percentile(found, percent), 1)
+            for phase, found in gaps.items()
+            for percent in (50, 99)
         },
         "streams": STREAMS,
-        "tokens": {phase: len(own) for phase, own in everything.items()},
+        "tokens": {phase: len(found) for phase, found in gaps.items()},
     }
 
 
 def main() -> None:
     """The command behind `make bench-fit`."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=Path, required=True, help="JSON lines with a `split`")
-    parser.add_argument("--instruction", required=True)
+    parser = command_line(__doc__, rounds=3)
+    parser.add_argument("--data", type=Path, required=True, help="folder with manifest.json")
+    parser.add_argument("--task", default="winowhy", help="to fit, default: %(default)s")
     parser.add_argument("--engine", type=EngineName, default=EngineName.embedded)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    rows = [json.loads(line) for line in options.rows.read_text().splitlines()]
-    train = [
-        {key: row[key] for key in ("input", "answer", "options")}
-        for row in rows
-        if row["split"] == "train"
+    (task,) = load_tasks(options.data, (options.task,))
+    rows = [
+        {"input": row.input, "answer": row.answer, "options": row.options}
+        for row in task.rows["train"][:ROWS]
     ]
-    body = {"instruction": options.instruction, "rows": train[:32]}
-    result = measure(options.engine, body, options.rounds) | {"machine": machine()}
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
-    print(json.dumps(result))
+    body = {"instruction": task.instruction, "rows": rows}
+    report(delays(options.engine, body, options.rounds) | {"machine": machine()}, options.out)
 
 
 if __name__ == "__main__":

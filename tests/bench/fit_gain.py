@@ -1,15 +1,13 @@
-"""`make fit-gain`: what the server's short fit gives up against adapting at full length.
+"""`make fit-gain`: how much accuracy the server's short fit gives up against a full adaptation.
 
-Each task is fitted from the same rows as `POST /v1/tasks/{name}/fit` does it, which holds a quarter
-of them out, and as `polyrex adapt` does it; both routers, and the base model, are scored on the
-task's test rows. No router of a held_out task is there to start from. The last line is one JSON
-document.
+Each task is fitted to the same rows twice: as `POST /v1/tasks/{name}/fit` does, which holds out a
+quarter of them, and as `polyrex adapt` does. Both routers and the base model are scored on the
+task's test rows. Neither way may start from the router of a held_out task. The last line is one
+JSON document.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -19,67 +17,63 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from polyrex.adapters.files.bundle import INVENTORY, ROUTERS, Bundle, read_router_file
 from polyrex.adapters.files.inventory import load_experts, read_inventory
-from polyrex.adapters.files.router import read_router
 from polyrex.adapters.model.base_model import DEFAULT_BASE, load_base, load_tokenizer, resolve_base
 from polyrex.training.adapt import ADAPTATION, AdaptConfig, adapt, few_shot_rows
 from polyrex.training.data.tasks import Task, load_tasks
 from polyrex.training.evaluation.evaluate import Score, evaluate
 from polyrex.training.fit_worker import FitJob, run_job
-from polyrex.training.loop.loop import current_commit, write_record
+from polyrex.training.records import current_commit
+
+from .harness import command_line, report, seconds_of
 
 ROWS = 32
 TASKS = ("plural", "epistemic", "wic_wn")
-Scored = dict[str, float]
 
 
 def without_held_out(inventory: Path, data: Path, folder: Path) -> Path:
-    """A copy of an inventory in `folder` with the routers of held_in tasks alone beside it."""
-    (folder / "routers").mkdir(parents=True)
-    copy = folder / inventory.name
+    """A copy of an inventory in `folder`, with only the routers of held_in tasks beside it."""
+    bundle, copy = Bundle.read(inventory), folder / INVENTORY
+    (folder / ROUTERS).mkdir(parents=True)
     copy.symlink_to(inventory.resolve())
     for task in load_tasks(data, role="held_in"):
-        router = inventory.parent / "routers" / f"{task.name}.safetensors"
-        (folder / "routers" / router.name).symlink_to(router.resolve())
+        router = bundle.router_path(task.name)
+        (folder / ROUTERS / router.name).symlink_to(router.resolve())
     return copy
 
 
 def fitted(task: Task, inventory: Path, folder: Path) -> tuple[Path, float]:
-    """The router that the server would register, and the seconds that it took."""
+    """The router that the server would register, and the seconds that fitting took."""
     rows = [asdict(row) for row in few_shot_rows(task.rows["train"], ROWS, 0)]
     out = folder / f"{task.name}-fitted.safetensors"
-    started = time.perf_counter()
     job = FitJob(DEFAULT_BASE, str(inventory), task.name, task.instruction, rows, str(out))
-    run_job(job, lambda *_, **__: None)
-    return out, time.perf_counter() - started
+    return out, seconds_of(run_job, job, lambda *_, **__: None)
 
 
 def adapted(task: Task, data: Path, inventory: Path, folder: Path) -> tuple[Path, float]:
-    """The router of `polyrex adapt`, and the seconds that it took."""
+    """The router that `polyrex adapt` writes, and the seconds that adapting took."""
     started = time.perf_counter()
     out = adapt(AdaptConfig(data, task.name, inventory, folder, rows=ROWS, loop=ADAPTATION))
     return out, time.perf_counter() - started
 
 
 def scores(task: Task, inventory: Path, routers: Sequence[Path | None]) -> list[Score]:
-    """Of each router, or of the base model, on the task's test rows."""
+    """The score of each router on the task's test rows; None stands for the base model."""
     read, path = read_inventory(inventory), resolve_base(DEFAULT_BASE)
     model = load_experts(read, load_base(path, torch.bfloat16))
     model.prepare(torch.bfloat16)
     found = []
     for router in routers:
-        logits: Tensor | None = None
-        if router is not None:
-            logits = read_router(router.read_bytes(), str(router), read).logits
+        logits = None if router is None else read_router_file(router, read).logits
         found.append(evaluate(model, load_tokenizer(path), task, logits))
     return found
 
 
-def measure(data: Path, inventory: Path, names: Sequence[str], test_rows: int) -> dict[str, Any]:
-    """Both ways for each task, one after the other."""
-    by_task: dict[str, Scored] = {}
+def gains(data: Path, inventory: Path, names: Sequence[str], test_rows: int) -> dict[str, Any]:
+    """The scores of both ways, task by task, and their mean gains over the base model."""
+    by_task: dict[str, dict[str, float]] = {}
     for task in load_tasks(data, names):
         with tempfile.TemporaryDirectory(prefix="polyrex-fit-gain-") as name:
             folder = Path(name)
@@ -113,16 +107,14 @@ def measure(data: Path, inventory: Path, names: Sequence[str], test_rows: int) -
 
 def main() -> None:
     """The command behind `make fit-gain`."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with manifest.json")
-    parser.add_argument("--inventory", type=Path, required=True, help="its routers lie beside it")
-    parser.add_argument("--task", action="append", help=f"instead of {', '.join(TASKS)}")
-    parser.add_argument("--test-rows", type=int, default=200, help="at most, of each task")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file for the result")
+    parser.add_argument("--inventory", type=Path, required=True, help="with its routers beside it")
+    parser.add_argument("--task", action="append", help=f"default: {', '.join(TASKS)}")
+    parser.add_argument("--test-rows", type=int, default=200, help="of each task, at most")
     options = parser.parse_args()
-    result = measure(options.data, options.inventory, options.task or TASKS, options.test_rows)
-    write_record(options.out, result)
-    print(json.dumps(result))
+    names = options.task or TASKS
+    report(gains(options.data, options.inventory, names, options.test_rows), options.out)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench.kernels.layers import SHAPES_8B, TOKENS, median_seconds, overhead, routing
+from bench.cases import SHAPES_8B, TOKENS
+from bench.kernels.layers import median_seconds, overhead, routing
 
 RESULTS = Path(__file__).parents[1] / "results"
 

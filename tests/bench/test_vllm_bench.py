@@ -1,4 +1,4 @@
-"""What the benchmark makes of the rates that it measured."""
+"""The batches and the report of the vLLM benchmark."""
 
 from __future__ import annotations
 
@@ -6,38 +6,29 @@ import random
 from pathlib import Path
 from typing import Any
 
-from bench.vllm.engines import IN_FLIGHT
-from bench.vllm.meter import Comparison, Meter, popular
+from bench.cases import MAIN, OTHERS, REQUESTS
+from bench.harness import Comparison, Turns
 from bench.vllm.report import read_document, write_report
-from bench.vllm.run import MAIN, OTHERS, Part, comparisons, merged
-
-
-def test_ratio_is_over_the_nearest_turns() -> None:
-    rates = {"base": {0: 10.0, 2: 20.0, 5: 40.0}, "ours": {1: 15.0, 3: 30.0, 6: 10.0}}
-    meter = Meter(rates=rates, turn=7)
-    # over 15, the mean of 10 and 20; over 30, of 20 and 40; over 40, the last
-    assert meter.compare("ours", "base") == (1.0, (0.625, 1.0))
-    rates["ours"] = {6: 10.0}
-    assert meter.compare("ours", "base") == (0.25, (0.25, 0.25))
-    assert meter.medians() == {"base": 20.0, "ours": 10.0}
+from bench.vllm.rounds import popular
+from bench.vllm.run import Part, comparisons, merged
 
 
 def test_popularities() -> None:
     draw = random.Random(0)
-    assert popular("none", 0, draw) == [None] * IN_FLIGHT
-    assert popular("identical", 9, draw) == [0] * IN_FLIGHT
-    assert popular("distinct", IN_FLIGHT, draw) == list(range(IN_FLIGHT))
+    assert popular("none", 0, draw) == [None] * REQUESTS
+    assert popular("identical", 9, draw) == [0] * REQUESTS
+    assert popular("distinct", REQUESTS, draw) == list(range(REQUESTS))
     assert set(popular("uniform", 2, draw)) == {0, 1}
     zipf = popular("zipf", 10_000, draw)
     assert max(zipf.count(task) for task in zipf) == zipf.count(0) > 1
     assert set(zipf) <= set(range(10_000))
 
 
-def every_turn(rate: float) -> Meter:
-    """A meter of every turn that ratios need, all at one rate."""
+def every_turn(rate: float) -> Turns:
+    """Every turn that ratios need, all at one rate."""
     names = ["base", "multilora distinct"]
     names += [f"{name} {popularity}" for name in MAIN for popularity in ("distinct", "identical")]
-    return Meter(rates={name: {turn: rate} for turn, name in enumerate(names)}, turn=len(names))
+    return Turns({name: {turn: rate} for turn, name in enumerate(names)}, len(names))
 
 
 def mode(eager: bool) -> Part:

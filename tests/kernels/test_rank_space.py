@@ -1,4 +1,4 @@
-"""The shared-path product against its slow twin."""
+"""The product of the shared path, against its slow twin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The routing table and one step's view of it."""
+"""The routing table, and the rows that one step reads."""
 
 from __future__ import annotations
 

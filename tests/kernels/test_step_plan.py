@@ -1,4 +1,4 @@
-"""When steps run shared or composed, and whose states are kept."""
+"""When steps run shared or composed, and whose states they need."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import logging
 import pytest
 import torch
 
+from polyrex.kernels.places import Places
 from polyrex.kernels.routing import RoutingTable
-from polyrex.kernels.step_plan import Costs, Kept, OwnStates, Plan, Planner, SharedOrComposed
+from polyrex.kernels.step_plan import Costs, Planner, SharedOrComposed, StepPlan, TaskStates
 
 EXPERTS = 8
 
 
-def plan(planner: Planner, slots: list[int]) -> Plan:
+def plan(planner: Planner, slots: list[int]) -> StepPlan:
     return planner.plan(slots, {slot: row for row, slot in enumerate(sorted(set(slots)))})
 
 
 @pytest.fixture
 def planner() -> SharedOrComposed:
-    return SharedOrComposed(Kept(4), EXPERTS, Costs(run=40, compose=200, worth=100))
+    return SharedOrComposed(Places(4), EXPERTS, Costs(run=40, compose=200, worth=100))
 
 
 def test_many_tasks_decoding_share(planner: SharedOrComposed) -> None:
@@ -45,7 +46,7 @@ def test_more_tasks_than_places_share(planner: SharedOrComposed) -> None:
 
 
 def test_a_task_that_is_not_kept_must_be_worth_composing() -> None:
-    planner = SharedOrComposed(Kept(4), EXPERTS, Costs(run=1, compose=200, worth=0))
+    planner = SharedOrComposed(Places(4), EXPERTS, Costs(run=1, compose=200, worth=0))
     assert plan(planner, [1] * 20).path == "shared"  # 160 against 20 + 1 + 200
     assert plan(planner, [2] * 40).path == "composed"
     assert plan(planner, [2] * 20).path == "composed"  # it is kept now
@@ -53,7 +54,7 @@ def test_a_task_that_is_not_kept_must_be_worth_composing() -> None:
 
 def test_tasks_are_composed_once_it_would_have_paid() -> None:
     """A prompt of 17 tokens runs composed for 7 * 17 - 40 = 79 less than shared."""
-    planner = SharedOrComposed(Kept(32), EXPERTS, Costs(run=40, compose=200, worth=100))
+    planner = SharedOrComposed(Places(32), EXPERTS, Costs(run=40, compose=200, worth=100))
     prompts = [slot for slot in range(1, 33) for _ in range(17)]
     paths = [plan(planner, prompts).path for _ in range(4)]
     assert paths == ["shared", "shared", "composed", "composed"]
@@ -62,33 +63,19 @@ def test_tasks_are_composed_once_it_would_have_paid() -> None:
     assert plan(planner, prompts).path == "shared"
 
 
-def test_a_place_changes_hands_with_a_new_key() -> None:
-    kept = Kept(2)
-    first, second = kept.entry(1), kept.entry(2)
-    assert kept.entry(1) == first
-    third = kept.entry(3)  # in the place of 2, the longest unused
-    assert third.place == second.place
-    assert third.key not in (first.key, second.key)
-    kept.forget(1)
-    assert not kept.has(1)
-    assert kept.entry(1).place == first.place
-    assert kept.entry(1).key not in (first.key, second.key, third.key)
-    assert {kept.entry(slot).place for slot in (1, 3)} == {0, 1}
-
-
-def test_own_states_name_every_task_once() -> None:
-    planner = OwnStates(Kept(4))
+def test_task_states_name_every_task_once() -> None:
+    planner = TaskStates(Places(4))
     found = plan(planner, [5, 0, 5, 6])
-    assert [row for row, _ in found.entries] == [1, 2]
+    assert [row for row, _ in found.places] == [1, 2]
     assert plan(planner, [6, 5, 0]) is found  # nothing is new
     planner.forget(5)
     assert plan(planner, [6, 5, 0]) is not found
     more = plan(planner, [1, 2, 3, 4, 5])  # than fit
-    assert len({entry.place for _, entry in more.entries}) == 5
+    assert len({place.number for _, place in more.places}) == 5
 
 
 def test_a_change_is_logged_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
-    planner = SharedOrComposed(Kept(4), EXPERTS)
+    planner = SharedOrComposed(Places(4), EXPERTS)
     table = RoutingTable(4, 1, EXPERTS, torch.device("cpu"), planner=planner)
     with caplog.at_level(logging.DEBUG, logger="polyrex.kernels.step_plan"):
         for slots in ([1, 2, 3], [2, 1, 3], [1] * 64):
@@ -98,12 +85,12 @@ def test_a_change_is_logged_with_its_reason(caplog: pytest.LogCaptureFixture) ->
 
 
 def test_writing_a_slot_makes_its_task_new() -> None:
-    planner = SharedOrComposed(Kept(4), EXPERTS)
+    planner = SharedOrComposed(Places(4), EXPERTS)
     table = RoutingTable(4, 1, EXPERTS, torch.device("cpu"), planner=planner)
     keys = []
     for _ in range(2):
         table.write(1, torch.ones(1, EXPERTS))
         step = table.step([1] * 64, torch.float32)
         assert step is not None
-        keys.append(step.plan.runs[0].entry.key)
+        keys.append(step.plan.runs[0].place.key)
     assert keys[0] != keys[1]

@@ -1,4 +1,4 @@
-"""The inputs that the kernels' tests and benchmarks share: sizes, and how popular each task is."""
+"""Inputs that the tests and benchmarks of kernels share: sizes, and the popularity of tasks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 Popularity = Literal["distinct", "uniform", "skewed", "identical"]
-"""Every token its own task; drawn evenly; the first task half of the time, the second a quarter,
-and so on; or all of one task."""
+"""The tasks of tokens: each its own; drawn evenly; for half of them the first, for a quarter the
+second, and so on; or one for all."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def task_of_token(popularity: Popularity, tokens: int, generator: torch.Generato
 def rank_space_inputs(
     case: RankSpaceCase, dtype: torch.dtype, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Arguments of `rank_space`: x, a, b, weights; the weights of a choice sum to 1."""
+    """Arguments of `rank_space`: x, a, b, weights; the weights of each split sum to 1."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -77,7 +77,7 @@ def rank_space_inputs(
 
 
 def relative_rms(found: Tensor, reference: Tensor) -> float:
-    """RMS of the error over RMS of the reference; 0 where both are nothing, NaN where one is."""
+    """RMS of the error over RMS of the reference; 0 if both are equal, NaN if one holds NaN."""
     error = (found.double() - reference.double()).square().sum().sqrt()
     size = reference.double().square().sum().sqrt()
     return 0.0 if error == 0 else (error / size).item()

@@ -6,28 +6,24 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from polyrex.adapters.files.inventory import Inventory
-from polyrex.adapters.files.registry import TaskVersion
+from polyrex.adapters.files.task import TaskVersion
 from polyrex.adapters.model.attach import AdaptedModel
 from polyrex.kernels.routing import RoutingTable
-from polyrex.server.config import EngineConfig
+from polyrex.server.config import EmbeddedConfig
 from polyrex.server.engines.base import Engine, GenerationRequest, SamplingParams, Token
 from polyrex.server.engines.embedded.engine import EmbeddedEngine
-
-if TYPE_CHECKING:
-    pass
 
 MakeTask = Callable[[int], TaskVersion]
 MakeEngine = Callable[..., EmbeddedEngine]
 Asked = tuple[tuple[int, ...], TaskVersion | None]
 
 GREEDY = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
-SMALL = EngineConfig(kv_cache_tokens=2048, slots=64)
+SMALL = EmbeddedConfig(kv_cache_tokens=2048, slots=64)
 
 
 @dataclass(frozen=True)
@@ -54,9 +50,9 @@ class PlainModel:
         """Log-probabilities [tokens, vocabulary] of what follows each token."""
         table = RoutingTable(2, *self.inventory.table_shape, torch.device("cpu"))
         if task is not None:
-            table.write(1, self.inventory.route(task.router.logits))
+            table.write(1, task.router.weights)
         slots = [0 if task is None else 1] * len(tokens)
-        self.adapted.context.step = table.step(slots, torch.float32)
+        self.adapted.add_by_step(table.step(slots, torch.float32))
         with torch.inference_mode():
             logits: Tensor = self.adapted.model(torch.tensor([tokens])).logits[0]
         return logits.log_softmax(-1)

@@ -136,7 +136,7 @@ def serving(
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    settled = app.state.services.readiness.settled
+    settled = app.state.context.readiness.settled
     with httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
         try:
             while engine.start_delay is None and not settled.is_set():

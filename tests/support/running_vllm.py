@@ -14,8 +14,8 @@ import pytest
 from cloudpickle import register_pickle_by_value  # type: ignore[import-untyped]
 
 from polyrex.adapters.files.inventory import Inventory
-from polyrex.adapters.files.registry import TaskVersion
-from polyrex.server.config import VllmConfig
+from polyrex.adapters.files.task import TaskVersion
+from polyrex.server.config import VllmEngineConfig
 from polyrex.server.engines.base import GenerationRequest, SamplingParams
 from polyrex.server.engines.vllm import engine as vllm_engine
 from polyrex.server.engines.vllm.engine import VllmEngine
@@ -26,7 +26,7 @@ from .engine_calls import Answer, Asked, at_once
 Result = TypeVar("Result")
 
 LONG = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
-SMALL = VllmConfig(
+SMALL = VllmEngineConfig(
     eager=True,
     max_batch_tokens=64,  # so that prompts come in chunks
     max_running=64,
@@ -95,7 +95,7 @@ def _adapt(worker: Any, path: str) -> None:
 def running_vllm(
     base_path: str, inventory: Inventory, dtype: str = "float32", **sizes: Any
 ) -> Iterator[Running]:
-    """An engine, from its start to its end; `sizes` are fields of VllmConfig."""
+    """An engine, from its start to its end; `sizes` are fields of VllmEngineConfig."""
     with pytest.MonkeyPatch.context() as patch, asyncio.Runner() as runner:
         # Lets a test run functions in the workers, which need not be able to import it.
         patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")

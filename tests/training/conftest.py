@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from polyrex.adapters.files.inventory import write_inventory
 from polyrex.adapters.model.attach import AdaptedModel, attach, find_targets
@@ -16,6 +16,7 @@ from polyrex.adapters.model.base_model import load_base
 from polyrex.adapters.spec import AdapterSpec
 from polyrex.training.data.batches import Example, encode_rows
 from polyrex.training.data.tasks import load_tasks
+from support.small_model import random_llama
 
 MakeAdapted = Callable[[AdapterSpec], AdaptedModel]
 
@@ -27,19 +28,15 @@ THINGS = ("brick", "sea", "leaf", "rose", "sky", "grass", "blood", "ocean")
 def tiny_base(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a random Llama of two layers, in Hugging Face's format, with a tokenizer."""
     folder: Path = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+    model = random_llama(
+        48,
+        80,
+        len(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=True,
-        initializer_range=0.2,  # of 0.02, the logits of so narrow a model hardly differ
+        initializer_range=0.2,  # with 0.02, the logits of so narrow a model hardly differ
     )
-    LlamaForCausalLM(config).save_pretrained(folder)  # type: ignore[no-untyped-call]  # theirs
+    model.save_pretrained(folder)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -7,19 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
 
 from polyrex.adapters.files.inventory import load_experts, read_inventory
 from polyrex.adapters.files.router import read_router
 from polyrex.adapters.model.base_model import load_base
 from polyrex.adapters.model.sentence_encoder import SentenceEncoder
-from polyrex.server.cli.main import COMMANDS, command_line
 from polyrex.training.adapt import starts_of
 from polyrex.training.data.tasks import load_tasks, prompt_of
-
-
-def polyrex(*arguments: object) -> Result:
-    return CliRunner().invoke(command_line(COMMANDS), [str(argument) for argument in arguments])
+from support.command_line import Finished, polyrex
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +31,7 @@ def run_folder(
     return out
 
 
-def adapt(run_folder: Path, rows: Path, base: Path, out: Path, mode: str) -> Result:
+def adapt(run_folder: Path, rows: Path, base: Path, out: Path, mode: str) -> Finished:
     return polyrex(
         *("adapt", "--data", rows, "--task", "other_colour", "--out", out, "--base", base),
         *("--inventory", run_folder / "inventory.safetensors", "--mode", mode, "--steps", 3),

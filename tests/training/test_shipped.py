@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from polyrex.adapters.files.bundle import Bundle
 from polyrex.adapters.files.inventory import Inventory, load_experts, read_inventory
 from polyrex.adapters.files.registry import TaskRegistry
 from polyrex.adapters.model.attach import AdaptedModel
 from polyrex.adapters.model.base_model import DEFAULT_BASE, load_base
-from polyrex.training.adapt import neighbours
 from polyrex.training.data.tasks import load_tasks
 from polyrex.training.evaluation.evaluate import evaluate
 
@@ -65,7 +65,7 @@ def test_it_brings_tasks_adapted_from_32_rows(inventory: Inventory, tmp_path: Pa
 
 def test_its_scores_are_its_own(inventory: Inventory, scores: dict[str, Any]) -> None:
     assert scores["inventory_sha256"] == inventory.sha256
-    assert set(scores["tasks"]) == set(neighbours(inventory))
+    assert set(scores["tasks"]) == set(Bundle(inventory).logits())
     assert scores["split"] == "test"
 
 
@@ -90,7 +90,7 @@ def test_its_tasks_beat_the_base_model(
 ) -> None:
     (task,) = load_tasks(ROWS, (name,))
     task = replace(task, rows={**task.rows, "test": task.rows["test"][:40]})
-    logits = neighbours(inventory)[name]
+    logits = Bundle(inventory).logits()[name]
     after = evaluate(adapted, tokenizer, task, logits).value
     before = evaluate(adapted, tokenizer, task, None).value
     assert after - before >= 0.2

@@ -1,4 +1,4 @@
-"""From rows to token batches: encoded once, sorted by length, padded on the right."""
+"""Batches of tokens from rows, which are encoded once, sorted by length and padded on the right."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from polyrex.adapters.errors import DataError
+from polyrex.adapters.rows import Row
 
 from .questions import padded
-from .tasks import Row, prompt_of
+from .tasks import prompt_of
 
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
-"""The label of positions that are not trained on."""
+"""The target at positions that are not trained on."""
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
     """A row as tokens; `task` is the index of its task among those trained together.
 
-    `hidden` [T, d] is what the frozen layers below the adapters make of it, where it is known.
-    `intuition` [K] routes the row, where it is not routed as its task is.
+    `hidden` [T, d] is the output of the frozen layers below the adapters, if that was computed.
+    `intuition` [K] routes the row, if the row is not routed by its task's router.
     """
 
     task: int
@@ -43,18 +44,20 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows, and what the model shall say at each of its T output positions."""
+    """B rows, with the targets at the model's T output positions."""
 
-    inputs: dict[str, Tensor]  # what the model reads, [B, ...] each
-    targets: Tensor  # [B, T] int64: the token to be predicted there, or IGNORED
+    inputs: dict[str, Tensor]  # the model's arguments, [B, ...] each
+    targets: Tensor  # [B, T] int64: the token to predict at each position, or IGNORED
     tasks: Tensor  # [B] int64
-    weights: Tensor  # [B, T] float32: 1 / (answer length * rows a step): every row counts the same
+    weights: (
+        Tensor  # [B, T] float32: 1 / (answer length * rows of the step), so that rows are equal
+    )
     real_tokens: int  # without the padding
-    intuition: Tensor | None = None  # [B, K], where rows are routed one by one
+    intuition: Tensor | None = None  # [B, K], if rows are routed by their own prompts
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """The tokens of an answer as it follows `Answer:`, without the end-of-sequence token."""
+    """The tokens of an answer that follows `Answer:`, without the end-of-sequence token."""
     return tuple(tokenizer.encode(" " + text, add_special_tokens=False))
 
 
@@ -66,9 +69,9 @@ def encode_rows(
     task: int = 0,
     max_tokens: int = 512,
 ) -> list[Example]:
-    """Encode rows; a prompt that does not fit loses tokens on its left, never its answer.
+    """Encode rows; a prompt that is too long loses tokens on its left, and an answer never does.
 
-    How many did is logged. Raises DataError where an answer alone does not fit.
+    The number of shortened prompts is logged. Raises DataError if an answer alone is too long.
     """
     examples, cut = [], 0
     for row in rows:
@@ -91,9 +94,9 @@ def encode_rows(
 
 
 def collate(examples: Sequence[Example], pad: int, *, rows: int = 0) -> Batch:
-    """Stack examples for a decoder, padded on the right: with causal attention no mask is needed.
+    """Stack examples for a decoder, padded on the right, so that causal attention needs no mask.
 
-    `rows` of a step share its loss: as many as there are examples, unless these are a part of them.
+    `rows` is the number of rows in the step, if these examples are only a part of it.
     """
     width = max(map(len, examples))
     tokens = torch.full((len(examples), width), pad)
@@ -113,20 +116,20 @@ def collate(examples: Sequence[Example], pad: int, *, rows: int = 0) -> Batch:
 
 
 def collate_pairs(examples: Sequence[Example], pad: int, start: int, *, rows: int = 0) -> Batch:
-    """Stack examples for an encoder, which reads prompts, and a decoder, which says answers.
+    """Stack examples for a model whose encoder reads prompts and whose decoder produces answers.
 
-    `start` is the token that the decoder begins with; `rows` as in `collate`.
+    `start` is the decoder's start token; `rows` as in `collate`.
     """
     prompts = [torch.tensor(example.prompt) for example in examples]
     answers = [torch.tensor(example.answer) for example in examples]
     tokens = pad_sequence(prompts, batch_first=True, padding_value=pad)
     targets = pad_sequence(answers, batch_first=True, padding_value=IGNORED)
-    said = F.pad(targets[:, :-1], (1, 0), value=start)
+    previous = F.pad(targets[:, :-1], (1, 0), value=start)
     lengths = torch.tensor([len(prompt) for prompt in prompts]).unsqueeze(1)
     inputs = {
         "input_ids": tokens,
         "attention_mask": (torch.arange(tokens.shape[1]) < lengths).long(),
-        "decoder_input_ids": said.masked_fill(said == IGNORED, pad),
+        "decoder_input_ids": previous.masked_fill(previous == IGNORED, pad),
     }
     counts = torch.tensor([len(answer) for answer in answers]).unsqueeze(1)
     weights = (targets != IGNORED) / (counts * (rows or len(examples)))
@@ -145,7 +148,8 @@ def _batch(
 def batch_indices(lengths: Sequence[int], size: int, *, seed: int, epoch: int) -> list[list[int]]:
     """One epoch's batches as indices: shuffled, then sorted by length within pools of 16 batches.
 
-    A function of its arguments alone, so that a resumed run sees the rows that it would have seen.
+    Depends on nothing but the arguments, so that a resumed run sees the rows of an uninterrupted
+    one.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order: list[int] = torch.randperm(len(lengths), generator=generator).tolist()
@@ -158,7 +162,8 @@ def batch_indices(lengths: Sequence[int], size: int, *, seed: int, epoch: int) -
 
 
 def by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of about `batch_tokens`, longest first, alike lengths together."""
+    """Yield batches of indices, of at most about `batch_tokens` each with similar lengths together,
+    longest first."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:

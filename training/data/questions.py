@@ -1,6 +1,7 @@
-"""Prompts with the options that may follow them, as one sequence of tokens each.
+"""Prompts with the options that may follow them, each as one sequence of tokens.
 
-All options of a prompt lie behind it, each blind to the others, so that the prompt is encoded once.
+The options come one after another behind their prompt and cannot see each other, so that the prompt
+is computed only once.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 class Question:
     """A prompt and its options, as tokens; no option is empty.
 
-    `hidden` [T, d] is what the frozen layers below the adapters make of them, where it is known.
-    `intuition` [K] is the prompt's own, where it is routed by that.
+    `hidden` [T, d] is the output of the frozen layers below the adapters, if that was computed.
+    `intuition` [K] is that of the prompt, if the prompt routes the question.
     """
 
     prompt: tuple[int, ...]
@@ -32,25 +33,25 @@ class Question:
 
     @cached_property
     def tokens(self) -> list[int]:
-        """The prompt, then one option after the other."""
+        """The prompt's tokens, then those of one option after another."""
         return [*self.prompt, *(token for option in self.options for token in option)]
 
     @cached_property
     def positions(self) -> list[int]:
-        """Every option begins right behind the prompt."""
+        """The position of each token, where every option starts right behind the prompt."""
         start = len(self.prompt)
         behind = (p for option in self.options for p in range(start, start + len(option)))
         return [*range(start), *behind]
 
     @cached_property
     def branch(self) -> list[int]:
-        """0 for the prompt, 1.. for the option that a token belongs to."""
+        """For each token, 0 if it is in the prompt, or the number of its option, from 1."""
         behind = (n for n, option in enumerate(self.options, start=1) for _ in option)
         return [0] * len(self.prompt) + [*behind]
 
     @cached_property
     def sources(self) -> list[int]:
-        """For each option token, where in the sequence it is predicted."""
+        """For each token of an option, the index in the sequence at which it is predicted."""
         found, start = [], len(self.prompt)
         for option in self.options:
             found += [len(self.prompt) - 1, *range(start, start + len(option) - 1)]
@@ -59,9 +60,9 @@ class Question:
 
 
 def branch_mask(branch: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, T] branches (-1: padding) -> [B, 1, T, T], added to attention's logits: 0 or the least.
+    """The mask [B, 1, T, T] to add to attention's logits, from branches [B, T] (-1 for padding).
 
-    A token sees what came before it in the prompt and in its own option, and itself.
+    A token sees itself and the tokens before it in the prompt and in its own option.
     """
     length = branch.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=branch.device).tril()
@@ -73,7 +74,7 @@ def branch_mask(branch: Tensor, dtype: torch.dtype) -> Tensor:
 def last_hidden(base: nn.Module, questions: Sequence[Question]) -> Tensor:
     """The last hidden states [B, T, d] of a batch of questions, padded on the right.
 
-    Begins at the hidden states that the questions bring, where they bring any.
+    Questions that have hidden states start from these.
     """
     model: Any = base
     out: Tensor = model.base_model(**model_inputs(questions, model.dtype)).last_hidden_state
@@ -81,7 +82,7 @@ def last_hidden(base: nn.Module, questions: Sequence[Question]) -> Tensor:
 
 
 def model_inputs(questions: Sequence[Question], dtype: torch.dtype) -> dict[str, Any]:
-    """What a Hugging Face decoder takes for a batch of questions."""
+    """The arguments of a Hugging Face decoder for a batch of questions."""
     width = max(map(len, questions))
     positions = torch.zeros(len(questions), width, dtype=torch.int64)
     tokens, branch = positions.clone(), positions - 1
@@ -101,5 +102,5 @@ def model_inputs(questions: Sequence[Question], dtype: torch.dtype) -> dict[str,
 
 
 def padded(hidden: Sequence[Tensor | None]) -> Tensor:
-    """Hidden states [T, d] of a batch as [B, T, d], zeros behind."""
+    """Hidden states [T, d] of a batch as [B, T, d], padded with zeros on the right."""
     return nn.utils.rnn.pad_sequence([h for h in hidden if h is not None], batch_first=True)

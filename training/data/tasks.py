@@ -1,18 +1,19 @@
-"""Rows: a folder of JSONL files with a manifest, and the prompt that a row becomes.
+"""A data folder, which holds a manifest and a file of rows for each task; and the prompts of rows.
 
-`manifest.json` lists tasks (`task`, `role`, `instruction`, `metric`, ...); `tasks/NAME.jsonl` holds
-one row a line: `split` (train, valid, test), `input`, `answer`, `options` (a list, or null).
+`manifest.json` lists the tasks (`task`, `role`, `instruction`, `metric`, ...); `tasks/NAME.jsonl`
+has a row on each line (adapters/rows.py).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from polyrex.adapters.errors import DataError
+from polyrex.adapters.rows import Row, read_rows
 
 Split = Literal["train", "valid", "test"]
 Metric = Literal["rank_classification_accuracy", "exact_match"]
@@ -21,17 +22,8 @@ MOST_OPTIONS_IN_PROMPT = 7
 
 
 @dataclass(frozen=True)
-class Row:
-    """One labelled example. `options` are the allowed answers, where the task has any."""
-
-    input: str
-    answer: str
-    options: tuple[str, ...] | None
-
-
-@dataclass(frozen=True)
 class Task:
-    """A task's rows by split, with how it is asked and scored."""
+    """A task: its rows by split, its instruction and its metric."""
 
     name: str
     instruction: str
@@ -43,20 +35,26 @@ class Task:
 
 
 def prompt_of(instruction: str, row: Row) -> str:
-    """Instruction, input, the options where there are 7 or fewer, and `Answer:`; the answer follows
-    after one space."""
+    """The prompt of a row: the instruction, the input, the options if there are at most 7, and
+    `Answer:`. The answer follows after one space."""
     lines = [instruction, row.input]
     if row.options and len(row.options) <= MOST_OPTIONS_IN_PROMPT:
         lines.append("Options: " + "; ".join(row.options))
     return "\n".join([*lines, "Answer:"])
 
 
+def example_prompt(task: Task) -> str:
+    """A prompt to try the task with: that of its first test row, or else of its first train row."""
+    rows = task.rows["test"] or task.rows["train"]
+    return prompt_of(task.instruction, rows[0])
+
+
 def load_tasks(
     folder: Path, names: Sequence[str] | None = None, role: str | None = None
 ) -> list[Task]:
-    """The tasks of a data folder, in the manifest's order: all, those named, or those of a role.
+    """The tasks of a data folder in the order of its manifest, or those of the names or the role.
 
-    Raises DataError naming the file and line: a missing manifest, an unknown task, a bad row.
+    Raises DataError naming the file and line for a missing manifest, an unknown task or a bad row.
     """
     manifest = folder / "manifest.json"
     try:
@@ -86,10 +84,10 @@ def _load_task(folder: Path, entry: dict[str, Any]) -> Task:
         expected = " or ".join(get_args(Metric))
         raise DataError(f"{entry['task']}: metric {entry.get('metric')!r}, expected {expected}")
     rows: dict[Split, list[Row]] = {split: [] for split in get_args(Split)}
-    for number, (split, row) in enumerate(read_rows(lines, str(path)), start=1):
-        if split not in rows:
-            raise DataError(f"{path}:{number}: split {split!r}, expected {', '.join(rows)}")
-        rows[split].append(row)
+    for number, row in enumerate(read_rows(lines, str(path)), start=1):
+        if row.split not in get_args(Split):
+            raise DataError(f"{path}:{number}: split {row.split!r}, expected {', '.join(rows)}")
+        rows[cast(Split, row.split)].append(row)
     return Task(
         name=entry["task"],
         instruction=entry["instruction"],
@@ -99,21 +97,3 @@ def _load_task(folder: Path, entry: dict[str, Any]) -> Task:
         source=entry.get("source", ""),
         rows={split: tuple(found) for split, found in rows.items()},
     )
-
-
-def read_rows(lines: Iterable[str], source: str) -> list[tuple[Any, Row]]:
-    """Parse JSONL rows into (split, row); raises DataError with `source` and the line's number."""
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            value = json.loads(line)
-            options = value.get("options")
-            row = Row(value["input"], value["answer"], tuple(options) if options else None)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{source}:{number}: not a row: {error!r}") from error
-        if not isinstance(row.input, str) or not isinstance(row.answer, str):
-            raise DataError(f"{source}:{number}: `input` and `answer` must be strings")
-        if row.options and row.answer not in row.options:
-            raise DataError(f"{source}:{number}: answer {row.answer!r} is not among its options")
-        rows.append((value.get("split"), row))
-    return rows

@@ -1,4 +1,4 @@
-"""Scoring a task: rank classification and exact match."""
+"""Scores of tasks, by rank classification or exact match."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from polyrex.adapters.model.attach import AdaptedModel
+from polyrex.adapters.rows import Row
 from polyrex.kernels.routing import StepRouting
 from polyrex.training.data.batches import by_length, encode_answer
 from polyrex.training.data.questions import Question, last_hidden
-from polyrex.training.data.tasks import Metric, Row, Split, Task, prompt_of
+from polyrex.training.data.tasks import Metric, Split, Task, prompt_of
 
 
 @dataclass(frozen=True)
 class Score:
-    """A task's score on one split, a share of `rows` that came out right."""
+    """A task's score on one split: the share of its `rows` with a correct answer."""
 
     metric: Metric
     rows: int
@@ -29,26 +30,8 @@ class Score:
 
     @property
     def standard_error(self) -> float:
-        """Of a share of independent rows."""
+        """The standard error of a share of independent rows."""
         return math.sqrt(self.value * (1 - self.value) / max(1, self.rows))
-
-
-@contextmanager
-def routed(adapted: AdaptedModel, logits: Tensor | None) -> Iterator[None]:
-    """Within it, every forward pass of the model is routed by `logits` [groups, R]; None: the base.
-
-    All tokens are of one task, whose adapter is composed once, where tokens do not choose.
-    """
-    base: Any = adapted.model
-    if logits is not None:
-        weights = adapted.route(logits.detach()).unsqueeze(0)  # [1, M, W]
-        row = torch.zeros(1, dtype=torch.int64, device=weights.device)
-        adapted.context.step = StepRouting(weights, row, base.dtype)
-        adapted.compose(weights, base.dtype)
-    try:
-        yield
-    finally:
-        adapted.release()
 
 
 @torch.inference_mode()
@@ -63,21 +46,22 @@ def evaluate(
 ) -> Score:
     """Score one split of a task under a router's logits [groups, R]; None scores the base model.
 
-    rank_classification_accuracy: the option with the highest mean token log-probability after the
-    prompt is the answer. exact_match: greedy text up to the first newline, stripped.
+    For rank_classification_accuracy, the answer is the option with the highest mean token
+    log-probability after the prompt; for exact_match, the greedy text up to the first newline,
+    stripped.
     """
     rows = task.rows[split]
     prompts = [tokenizer.encode(prompt_of(task.instruction, row)) for row in rows]
     judge = _rank if task.metric == "rank_classification_accuracy" else _match
-    with routed(adapted, logits):
+    with adapted.routed(logits):
         right = judge(adapted, tokenizer, rows, prompts, batch_tokens)
     return Score(task.metric, len(rows), sum(right) / max(1, len(rows)))
 
 
 @dataclass(frozen=True)
 class OptionScore:
-    """How an option does after its prompt: its mean token log-probability, and whether greedy
-    decoding would give its tokens."""
+    """An option's mean token log-probability after its prompt, and whether greedy decoding would
+    produce it."""
 
     logprob: float
     greedy: bool
@@ -86,22 +70,20 @@ class OptionScore:
 def option_scores(
     adapted: AdaptedModel, questions: Sequence[Question], stops: Sequence[int] = ()
 ) -> list[list[OptionScore]]:
-    """For each question, the scores of its options, under its own intuition or the routing set.
+    """The scores of each question's options, under its own intuition if it has one, or otherwise
+    the adapter that the model adds at present.
 
-    `stops`: tokens that count as one another for `greedy`, as they all end an answer.
+    `stops` are tokens that end an answer: for `greedy`, any of them matches any other.
     """
     base: Any = adapted.model
-    own = [q.intuition for q in questions if q.intuition is not None]
-    if own:
-        weights = adapted.route(torch.stack(own).unsqueeze(1))
-        adapted.context.step = StepRouting(weights, torch.arange(len(own)), base.dtype)
-    hidden = last_hidden(base, questions)
+    with _routed_by_intuition(adapted, questions):
+        hidden = last_hidden(base, questions)
     rows = [row for row, question in enumerate(questions) for _ in question.sources]
     sources = [source for question in questions for source in question.sources]
     wanted = torch.tensor([t for q in questions for option in q.options for t in option])
-    # The last token of a prompt predicts the first one of every option: it is looked at once.
-    places, which = torch.unique(torch.tensor([rows, sources]), dim=1, return_inverse=True)
-    logits = base.get_output_embeddings()(hidden[places[0], places[1]]).float()
+    # A prompt's last token predicts the first token of every option; its logits are computed once.
+    distinct, which = torch.unique(torch.tensor([rows, sources]), dim=1, return_inverse=True)
+    logits = base.get_output_embeddings()(hidden[distinct[0], distinct[1]]).float()
     picked = logits[which, wanted] - logits.logsumexp(-1)[which]
     best = logits.argmax(-1)[which]
     ends = torch.tensor(list(stops))
@@ -114,6 +96,24 @@ def option_scores(
         )
     )
     return [[next(scores) for _ in question.options] for question in questions]
+
+
+@contextmanager
+def _routed_by_intuition(adapted: AdaptedModel, questions: Sequence[Question]) -> Iterator[None]:
+    """Within this context, each question is routed by its own intuition, if the questions have any.
+
+    Otherwise, the model goes on adding what it adds at present.
+    """
+    own = [q.intuition for q in questions if q.intuition is not None]
+    if not own:
+        yield
+        return
+    weights = adapted.route(torch.stack(own).unsqueeze(1))
+    adapted.add_by_step(StepRouting(weights, torch.arange(len(own)), adapted.dtype))
+    try:
+        yield
+    finally:
+        adapted.add_nothing()
 
 
 def _rank(
@@ -142,7 +142,7 @@ def score_questions(
     stops: Sequence[int] = (),
     batch_tokens: int = 4096,
 ) -> list[list[OptionScore]]:
-    """`option_scores` of any number of questions, in batches of alike lengths."""
+    """`option_scores` of any number of questions, in batches of similar lengths."""
     found: list[list[OptionScore]] = [[]] * len(questions)
     for indices in by_length([len(question) for question in questions], batch_tokens):
         batch = option_scores(adapted, [questions[i] for i in indices], stops)
@@ -152,7 +152,7 @@ def score_questions(
 
 
 def best_option(scores: Sequence[OptionScore]) -> int:
-    """The option of the highest mean token log-probability: rank classification's answer."""
+    """The index of the option with the highest mean token log-probability."""
     return max(range(len(scores)), key=lambda i: scores[i].logprob)
 
 
@@ -162,17 +162,18 @@ def greedy_texts(
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
 ) -> list[str]:
-    """The greedy continuation of each prompt, up to the first newline, under the routing set."""
+    """The greedy continuation of each prompt up to the first newline, with the adapter that the
+    model adds at present."""
     newline = tokenizer.encode("\n", add_special_tokens=False)[-1]
     width = max(map(len, prompts))
     tokens = torch.full((len(prompts), width), tokenizer.eos_token_id)
     mask = torch.zeros_like(tokens)
-    for row, prompt in enumerate(prompts):  # on the left, so that all prompts end together
+    for row, prompt in enumerate(prompts):  # padded on the left, so that all prompts end together
         tokens[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     base: Any = adapted.model
-    # The last positions of a padded batch are strided, for which torch would copy the head's weight
-    # once a row, gigabytes in all.
+    # The last positions of a padded batch are strided, for which torch would copy the output
+    # layer's weight once per row, gigabytes in all.
     handle = base.get_output_embeddings().register_forward_pre_hook(
         lambda _, args: (args[0].contiguous(),)
     )
@@ -198,7 +199,7 @@ def _match(
     prompts: Sequence[Sequence[int]],
     batch_tokens: int,
 ) -> list[bool]:
-    # No text longer than the longest answer can match one.
+    # A text that is longer than the longest answer matches none.
     longest = max(len(encode_answer(tokenizer, row.answer)) for row in rows) + 1
     right = [False] * len(rows)
     for indices in by_length([len(p) + longest for p in prompts], batch_tokens):

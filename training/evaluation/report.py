@@ -1,4 +1,4 @@
-"""Base and adapted scores of many tasks, as JSON and as a Markdown table."""
+"""Scores of many tasks, by the base model and adapted, as JSON and as a Markdown table."""
 
 from __future__ import annotations
 
@@ -8,26 +8,32 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from rich.progress import Progress
 
 from polyrex.adapters.errors import DataError
+from polyrex.adapters.files.bundle import Bundle
 from polyrex.adapters.files.inventory import load_experts, read_inventory
-from polyrex.adapters.model.base_model import load_base, load_tokenizer, resolve_base
-from polyrex.training.adapt import neighbours
+from polyrex.adapters.model.base_model import (
+    load_base,
+    load_tokenizer,
+    resolve_base,
+    torch_dtype,
+)
 from polyrex.training.data.tasks import Split, load_tasks
-from polyrex.training.loop.loop import current_commit, write_record
+from polyrex.training.records import current_commit, write_record
 
 from .evaluate import Score, evaluate
 
 logger = logging.getLogger(__name__)
 
+Verdict = Literal["better", "worse", "within two standard errors"]
+
 
 @dataclass(frozen=True)
 class TaskReport:
-    """One task's scores, by the base model alone and under its router."""
+    """One task's scores, by the base model alone and under the task's router."""
 
     task: str
     role: str
@@ -36,13 +42,17 @@ class TaskReport:
 
     @property
     def gain(self) -> float:
-        """Adapted minus base, a share."""
+        """The adapted score minus that of the base model, as a share."""
         return self.adapted.value - self.base.value
 
     @property
-    def improved(self) -> bool:
-        """By more than two standard errors of the difference, taken as independent."""
-        return self.gain > 2 * math.hypot(self.base.standard_error, self.adapted.standard_error)
+    def verdict(self) -> Verdict:
+        """Whether the task gains or loses more than two standard errors of the difference, for
+        which the two scores are taken as independent."""
+        error = math.hypot(self.base.standard_error, self.adapted.standard_error)
+        if abs(self.gain) <= 2 * error:
+            return "within two standard errors"
+        return "better" if self.gain > 0 else "worse"
 
 
 def evaluate_tasks(
@@ -55,26 +65,26 @@ def evaluate_tasks(
     split: Split = "test",
     dtype: str = "bfloat16",
 ) -> list[TaskReport]:
-    """Score every task that has a router beside the inventory, or those named; write `out` (JSON).
+    """Score all tasks that have a router beside the inventory, or those named; write `out` (JSON).
 
-    Routers without rows in the data folder are left out, with a warning and a place in the record.
-    Scores of the base model do not depend on the inventory: those that `out` holds already, for
-    the same split and number of rows, are kept. Raises DataError for a task without a router.
+    Routers without rows in the data folder are left out with a warning, and listed in `out`. Scores
+    of the base model do not depend on the inventory: those already in `out`, for the same split and
+    number of rows, are kept. Raises DataError for a task without a router.
     """
     read = read_inventory(inventory)
-    routers = neighbours(read)
+    routers = Bundle(read).logits()
     missing = sorted(set(tasks or ()) - set(routers))
     if missing:
         raise DataError(f"{inventory.parent}/routers: no router for {', '.join(missing)}")
-    there = {task.name for task in load_tasks(data)}
-    without_rows = sorted(set(routers) - there) if tasks is None else []
+    known_tasks = {task.name for task in load_tasks(data)}
+    without_rows = sorted(set(routers) - known_tasks) if tasks is None else []
     if without_rows:
         logger.warning("%s has no rows for %s: not scored", data, ", ".join(without_rows))
-    chosen = load_tasks(data, tasks or sorted(there & set(routers)))
+    chosen = load_tasks(data, tasks or sorted(known_tasks & set(routers)))
     path = resolve_base(base)
     tokenizer = load_tokenizer(path)
-    adapted = load_experts(read, load_base(path, getattr(torch, dtype)))
-    adapted.prepare(getattr(torch, dtype))
+    adapted = load_experts(read, load_base(path, torch_dtype(dtype)))
+    adapted.prepare(torch_dtype(dtype))
     known = _known_base_scores(out, split)
     reports = []
     with Progress() as progress:
@@ -100,7 +110,7 @@ def evaluate_tasks(
 
 
 def _add_to_run(path: Path, split: Split, scores: dict[str, Any]) -> None:
-    """Note the scores in the record of the run that made the inventory, where it lies beside it."""
+    """Add the scores to the record of the run that made the inventory, if that is beside it."""
     if path.exists():
         record = json.loads(path.read_text())
         write_record(path, record | {"scores": record.get("scores", {}) | {split: scores}})
@@ -127,13 +137,18 @@ def _entry(report: TaskReport) -> dict[str, Any]:
         "base_standard_error": round(report.base.standard_error, 4),
         "adapted": report.adapted.value,
         "adapted_standard_error": round(report.adapted.standard_error, 4),
-        "improved": report.improved,
+        "improved": report.verdict == "better",
+        "verdict": report.verdict,
     }
 
 
 def summary(reports: Sequence[TaskReport]) -> dict[str, Any]:
-    """Means by role and metric, and how many tasks improved by more than two standard errors."""
-    result: dict[str, Any] = {"improved_tasks": sum(r.improved for r in reports)}
+    """Means by role and metric, and the numbers of tasks that are better and worse than before."""
+    verdicts = [report.verdict for report in reports]
+    result: dict[str, Any] = {
+        "improved_tasks": verdicts.count("better"),
+        "worse_tasks": verdicts.count("worse"),
+    }
     for key in sorted({(r.role, r.base.metric) for r in reports}):
         members = [r for r in reports if (r.role, r.base.metric) == key]
         result[f"{key[0]} {key[1]}"] = {
@@ -145,16 +160,17 @@ def summary(reports: Sequence[TaskReport]) -> dict[str, Any]:
 
 
 def table(reports: Sequence[TaskReport]) -> str:
-    """A Markdown table, one row a task, in percent."""
+    """A Markdown table in percent, with a row for each task; gains that are not better say so."""
     lines = [
         "| task | role | metric | rows | base | adapted | gain |",
         "|---|---|---|---:|---:|---:|---:|",
     ]
     for r in reports:
+        note = "" if r.verdict == "better" else f" ({r.verdict})"
         lines.append(
             f"| {r.task} | {r.role} | {r.base.metric.replace('_', ' ')} | {r.base.rows} "
             f"| {_percent(r.base)} | {_percent(r.adapted)} "
-            f"| {100 * r.gain:+.1f}{'' if r.improved else ' (within two standard errors)'} |"
+            f"| {100 * r.gain:+.1f}{note} |"
         )
     return "\n".join(lines)
 

@@ -1,16 +1,15 @@
-"""Many LoRAs onto shared bases: a static T-REX inventory, and a small core for every task.
+"""Compresses many LoRAs to shared bases: a static T-REX inventory, and a small core for each task.
 
-For every module, the tasks' matrices `M_t = A_t^T B_t` [d_in, d_out] are approximated as
-`A^T G_t B^T`, with orthonormal bases A [I, d_in] and B [d_out, I] that all tasks share: the Tucker
-decomposition of the stacked matrices in two of their three modes, by alternating least squares
-(higher-order orthogonal iteration). `delta = B G_t^T A x` is T-REX's static form.
+In every module, the tasks' matrices `M_t = A_t^T B_t` [d_in, d_out] are approximated by
+`A^T G_t B^T`, with orthonormal bases A [I, d_in] and B [d_out, I] that all tasks share. This is the
+Tucker decomposition of the stacked matrices in two of their three modes, computed by alternating
+least squares (higher-order orthogonal iteration). `delta = B G_t^T A x` is T-REX's static form.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.progress import track
@@ -19,31 +18,20 @@ from torch import Tensor, nn
 from polyrex.adapters.errors import DataError
 from polyrex.adapters.methods.composed import LowRank
 from polyrex.adapters.model.attach import AdaptedModel, attach
-from polyrex.adapters.peft.lora import CONFIG, PeftLora, read_lora
+from polyrex.adapters.peft.lora import PeftLora
 from polyrex.adapters.spec import AdapterSpec, TargetModule
 
 ROUNDS = 4
-"""Of alternation: the bases that it starts from are nearly the best already."""
+"""Rounds of alternation; few are enough, as the initial bases are nearly optimal already."""
 
 
 @dataclass(frozen=True)
 class Compressed:
-    """The bases in place on a model, and every task's cores as a router's logits."""
+    """A model with the bases attached, and every task's cores as the logits of a router."""
 
     adapted: AdaptedModel
     logits: Mapping[str, Tensor]  # by task, [M, I * I]
     errors: Mapping[str, float]  # by task, ||M - M'|| / ||M|| over all modules
-
-
-def read_loras(folder: Path) -> list[PeftLora]:
-    """Every LoRA checkpoint in the folders of a folder, in the order of their names.
-
-    Raises DataError where there is none, and what `read_lora` raises.
-    """
-    found = [read_lora(path.parent) for path in sorted(folder.glob(f"*/{CONFIG}"))]
-    if not found:
-        raise DataError(f"{folder}: none of its folders holds an {CONFIG}")
-    return found
 
 
 def compress(
@@ -54,12 +42,12 @@ def compress(
     error: float | None = None,
 ) -> Compressed:
     """Compress LoRAs of any ranks to bases of `rank`, or of the least rank that keeps every task's
-    relative error below `error`.
+    relative error below `error`. The rank is at most the width of the narrowest module.
 
-    `model` is the base model that they belong to; the bases are attached to it. A task without an
-    adapter on some module gets a core of zeros there. Raises DataError where neither or both are
-    given, or where no rank reaches `error`; SpecError where a module is not in the model or of
-    another shape. No rank is above the narrowest module's width.
+    `model` is the base model of the LoRAs; the bases are attached to it. Where a task has no
+    adapter on a module, its core is zero. Raises DataError unless exactly one of rank and error is
+    given, or if no rank reaches `error`; SpecError if the model lacks a module, or has it in
+    another shape.
     """
     if (rank is None) == (error is None):
         raise DataError("give a rank, or an error, and not both")
@@ -72,13 +60,14 @@ def compress(
     else:
         rank = _least_rank(loras, targets, norms, error)
         found = _decompose(loras, targets, norms, rank)
-        while found.errors.max() > error and rank < most:  # bases better for most, not for all
+        # Alternation lowers the errors together, but may raise that of a single task.
+        while found.errors.max() > error and rank < most:
             rank += 1
             found = _decompose(loras, targets, norms, rank)
         if found.errors.max() > error:
             raise DataError(
                 f"no rank keeps every task's error below {error}: at {most}, the most that the "
-                f"narrowest module allows, one is {found.errors.max():.4f}"
+                f"narrowest module allows, the largest is {found.errors.max():.4f}"
             )
     adapted = attach(model, AdapterSpec("trex", rank=rank, form="static"), targets)
     with torch.no_grad():
@@ -113,7 +102,7 @@ def _decompose(
         bases.append((first, second))
         cores.append(core.flatten(1))
     stacked = torch.stack(cores, 1)
-    # The bases are orthonormal: what a core does not hold is the error.
+    # The bases are orthonormal, so the error is the part of the norm that the cores lack.
     kept = stacked.double().square().sum((1, 2))
     return _Decomposition(bases, stacked, (1 - kept / norms.square()).clamp_min(0).sqrt())
 
@@ -121,7 +110,7 @@ def _decompose(
 def _modules(
     loras: Sequence[PeftLora], targets: Sequence[TargetModule], title: str
 ) -> Iterator[tuple[TargetModule, list[Side]]]:
-    """Every module with its sides in all tasks, a [r, d_in] and b [r, d_out]."""
+    """Yield every module with its sides in all tasks, a [r, d_in] and b [r, d_out]."""
     for target in track(targets, description=title):
         none = LowRank(torch.zeros(1, 1, target.d_in), torch.zeros(1, 1, target.d_out))
         pairs = [lora.modules.get(target.name, none) for lora in loras]
@@ -140,7 +129,7 @@ def _targets(loras: Sequence[PeftLora], model: nn.Module) -> tuple[TargetModule,
 
 
 def _norm(lora: PeftLora) -> Tensor:
-    """||M|| over all modules, without ever building M: ||A^T B||^2 = <A A^T, B B^T>."""
+    """||M|| over all modules, without building M: ||A^T B||^2 = <A A^T, B B^T>."""
     pairs = [(pair.a[0], pair.b[0]) for pair in lora.modules.values()]
     norm = torch.stack([((a @ a.T) * (b @ b.T)).sum() for a, b in pairs]).sum().sqrt()
     if norm == 0:
@@ -149,7 +138,7 @@ def _norm(lora: PeftLora) -> Tensor:
 
 
 def _gram(sides: Sequence[Side], norms: Tensor) -> Tensor:
-    """sum_t M_t M_t^T / ||M_t||^2, [d_in, d_in]: every task counts the same."""
+    """sum_t M_t M_t^T / ||M_t||^2, [d_in, d_in]: every task has the same weight."""
     rows: Tensor = torch.cat(
         [_root(b) @ a / n.float() for (a, b), n in zip(sides, norms, strict=True)]
     )
@@ -163,13 +152,13 @@ def _root(side: Tensor) -> Tensor:
 
 
 def _leading(gram: Tensor, rank: int) -> Tensor:
-    """The eigenvectors of the largest eigenvalues, as rows, largest first."""
+    """The eigenvectors with the largest eigenvalues, as rows, in descending order."""
     vectors: Tensor = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1).T
     return vectors
 
 
 def _bases(sides: Sequence[Side], norms: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A [I, d_in] and B^T [I, d_out]."""
+    """The bases of one module, A [I, d_in] and B^T [I, d_out]."""
     flipped = [(b, a) for a, b in sides]
     second = _leading(_gram(flipped, norms), rank)
     for _ in range(ROUNDS):
@@ -181,7 +170,7 @@ def _bases(sides: Sequence[Side], norms: Tensor, rank: int) -> tuple[Tensor, Ten
 def _least_rank(
     loras: Sequence[PeftLora], targets: Sequence[TargetModule], norms: Tensor, error: float
 ) -> int:
-    """The least rank at which the starting bases keep every task's error below `error`."""
+    """The least rank at which the initial bases keep every task's error below `error`."""
     most = min(min(target.d_in, target.d_out) for target in targets)
     kept = torch.zeros(len(loras), most, dtype=torch.float64)
     for _, sides in _modules(loras, targets, "ranks"):
@@ -189,7 +178,7 @@ def _least_rank(
         second = _leading(_gram([(b, a) for a, b in sides], norms), most)
         for task, (a, b) in enumerate(sides):
             core = (first @ a.T) @ (b @ second.T)
-            # What the leading k by k block holds, for every k.
+            # The norm of the leading k by k block, for every k.
             kept[task] += core.double().square().cumsum(0).cumsum(1).diagonal()
     errors = (1 - kept / norms.square().unsqueeze(1)).clamp_min(0).sqrt()
     enough = (errors <= error).all(0).nonzero()

@@ -1,6 +1,6 @@
-"""Several processes that train together, each on its part of every step's rows (data parallel).
+"""Data-parallel training: several processes, each computing its share of every step's rows.
 
-Started by `torchrun`, which sets WORLD_SIZE; without it there is one process, and nothing to do.
+`torchrun` starts them and sets WORLD_SIZE; without it, one process computes everything.
 """
 
 from __future__ import annotations
@@ -16,31 +16,32 @@ from polyrex.training.data.batches import Example
 
 
 class Ranks:
-    """The processes of a run; joins them when it is made, where they have not met yet."""
+    """The processes of a run. Making one joins the process group, unless that has been joined."""
 
     def __init__(self) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            dist.init_process_group("gloo")  # parameters and gradients are on the CPU
         together = dist.is_initialized()
         self._rank = dist.get_rank() if together else 0
         self._world = dist.get_world_size() if together else 1
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes files."""
+        """Whether this process is the one that writes files."""
         return self._rank == 0
 
     def own_parts(self, examples: Sequence[Example], parts: int) -> Iterator[Sequence[Example]]:
-        """This process's rows of a step, in at most `parts` parts; none is empty."""
+        """Yield this process's rows of a step, in at most `parts` parts, none of them empty."""
         own = examples[self._rank :: self._world]
         size = -(-len(own) // parts)
         for start in range(0, len(own), max(1, size)):
             yield own[start : start + size]
 
     def add_up(self, loss: float, parameters: Sequence[nn.Parameter]) -> float:
-        """Sum the gradients of all processes into everyone's, and the losses, which are returned.
+        """Replace each gradient by its sum over all processes; return the sum of their losses.
 
-        The parts' losses are shares of the step's, so that sums are what one process would have.
+        Each process's loss is its share of the step's loss, so the sums are what a single process
+        would compute.
         """
         if self._world == 1:
             return loss

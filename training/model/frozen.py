@@ -1,8 +1,8 @@
-"""The frozen layers below the first adapter: what they make of a text is computed once.
+"""The frozen layers below the first adapter, whose output for a text is computed only once.
 
-With adapters on the upper part of a model, everything below them is the same in every step, for
-every method and every seed. `LowerLayers` computes it once and keeps it on disk; `cut` takes those
-layers out of the model, which then begins at their hidden states.
+If only the upper part of a model has adapters, everything below is the same in every step, for
+every method and every seed. `LowerLayers` computes it once and keeps it on disk; `cut` removes
+those layers from the model, which then starts from their hidden states.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from polyrex.adapters.model.attach import AdaptedModel
 from polyrex.adapters.model.base_model import identify
 from polyrex.training.data.batches import Example, by_length
 from polyrex.training.data.questions import Question, model_inputs
-from polyrex.training.evaluation.evaluate import routed
 
 
 def question_of(example: Example) -> Question:
@@ -34,7 +33,7 @@ def question_of(example: Example) -> Question:
 
 
 class LowerLayers:
-    """The first `layers` decoder layers of a base model, and what they made of texts so far.
+    """The first `layers` decoder layers of a base model, and a folder of their outputs for texts.
 
     Decoder layers are `base.base_model.layers`, as in Llama and its many relatives.
     """
@@ -46,12 +45,12 @@ class LowerLayers:
         folder.mkdir(parents=True, exist_ok=True)
 
     def of_questions(self, name: str, questions: Sequence[Question]) -> list[Question]:
-        """The questions with their hidden states; `name` begins the name of the file for them."""
+        """The questions with their hidden states; the name of their file begins with `name`."""
         found = self._hidden(name, questions)
         return [replace(q, hidden=hidden) for q, hidden in zip(questions, found, strict=True)]
 
     def of_examples(self, name: str, examples: Sequence[Example]) -> list[Example]:
-        """The examples with their hidden states."""
+        """The examples with their hidden states; `name` as in `of_questions`."""
         found = self._hidden(name, [question_of(example) for example in examples])
         return [replace(e, hidden=hidden) for e, hidden in zip(examples, found, strict=True)]
 
@@ -60,7 +59,7 @@ class LowerLayers:
         if not path.exists():
             made = hidden_below(self._base, self._layers, questions, title=name)
             write_atomic(path, save({"hidden": torch.cat(made)}))
-        # The file is mapped into memory, and shared with whoever else reads it.
+        # The file is mapped into memory, which all processes that read it share.
         return torch.split(load_file(path)["hidden"], [len(question) for question in questions])
 
     def _key(self, questions: Sequence[Question]) -> str:
@@ -78,12 +77,11 @@ class LowerLayers:
 def hidden_below(
     base: nn.Module, layers: int, questions: Sequence[Question], *, title: str | None = None
 ) -> list[Tensor]:
-    """What the first `layers` decoder layers make of each question, [T, d], under the routing set.
-
-    With a title, a bar on the terminal shows how far it is.
+    """The output of the first `layers` decoder layers for each question, [T, d], with the adapters
+    that the layers add at present. With a title, a progress bar is shown.
     """
     model: Any = base
-    assert len(model.base_model.layers) == model.config.num_hidden_layers, "it was cut"
+    assert len(model.base_model.layers) == model.config.num_hidden_layers, "the model was cut"
     caught: list[Tensor] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -106,13 +104,13 @@ def hidden_below(
 
 
 class _Reached(Exception):
-    """The pass has come to the first layer that is not needed."""
+    """The forward pass has reached the first layer that is not needed."""
 
 
 def cut(base: nn.Module, layers: int) -> None:
-    """Take the first `layers` decoder layers out of a model, once its adapters are attached.
+    """Remove the first `layers` decoder layers from a model, after its adapters were attached.
 
-    From then on it takes hidden states (`inputs_embeds`) instead of tokens.
+    From then on, the model takes hidden states (`inputs_embeds`) instead of tokens.
     """
     model: Any = base.base_model
     model.layers = model.layers[layers:]
@@ -122,14 +120,14 @@ def cut(base: nn.Module, layers: int) -> None:
 def upper_alone(
     adapted: AdaptedModel, layers: int, examples: Sequence[Example], logits: Tensor
 ) -> Iterator[list[Example]]:
-    """Within it the model begins above its first `layers` decoder layers, and the examples bring
-    what those make of them, adapted by a router's logits [groups, R].
+    """Within this context, the model starts above its first `layers` decoder layers, and the
+    examples have the outputs of those layers, adapted by a router's logits [groups, R].
 
-    What is trained then must not change them: the routing of modules above alone.
+    Only the routing of modules above may be trained then: anything else would change the outputs.
     """
     base: Any = adapted.model
     whole = base.base_model.layers
-    with routed(adapted, logits):
+    with adapted.routed(logits):
         found = hidden_below(base, layers, [question_of(example) for example in examples])
     cut(base, layers)
     try:

@@ -1,9 +1,10 @@
-"""A base model under training: routed layers, one row of routing logits a task, the loss."""
+"""A base model in training: routed layers, a row of routing logits for each task, and the loss."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,25 +16,28 @@ from polyrex.adapters.methods.composed import Composed
 from polyrex.adapters.methods.protocol import Operands
 from polyrex.adapters.methods.registry import method_class
 from polyrex.adapters.model.attach import AdaptedModel
-from polyrex.adapters.model.routed_linear import RoutedLinear
+from polyrex.adapters.model.routed_linear import AddByStep, AddComposed, RoutedLinear
 from polyrex.kernels.routing import StepRouting
 from polyrex.training.data.batches import IGNORED, Batch, Example, collate, collate_pairs
-from polyrex.training.loop.optimiser import Groups
+
+Groups = dict[str, list[tuple[str, nn.Parameter]]]
+"""Named parameters by group: the roles that methods declare, and the tasks' `routing`."""
 
 
 class LayerStack:
-    """The layers of one shape, whose experts are computed with as one, L layers at once."""
+    """Layers of one shape, whose experts are stacked and computed together, L layers at once."""
 
     def __init__(self, layers: tuple[RoutedLinear, ...]) -> None:
         self._layers = layers
         self._template = layers[0].experts
-        self._frozen: Operands | None = None
+        self._of_frozen: Operands | None = None
         self._indices = torch.tensor([layer.index for layer in layers])
 
     def operands(self, dtype: torch.dtype) -> Operands:
-        """The experts' operands, each [L, ...]; kept for as long as the experts are frozen."""
-        if self._frozen is not None:
-            return self._frozen
+        """The experts' operands, each [L, ...]; derived only once while the experts are frozen."""
+        frozen = not any(parameter.requires_grad for parameter in self._template.parameters())
+        if frozen and self._of_frozen is not None:
+            return self._of_frozen
         parameters = {
             name: torch.stack([layer.experts.get_parameter(name) for layer in self._layers])
             for name, _ in self._template.named_parameters()
@@ -44,22 +48,21 @@ class LayerStack:
             return operands
 
         derived: Operands = torch.vmap(derive)(parameters)
-        if not any(parameter.requires_grad for parameter in self._template.parameters()):
-            self._frozen = derived
+        self._of_frozen = derived if frozen else None
         return derived
 
-    def hand_out_operands(self, operands: Operands) -> None:
-        """Give each layer its own, for a method whose tokens choose."""
+    def add_by_step(self, operands: Operands, step: StepRouting) -> None:
+        """Have each layer add its `delta`, for a method whose tokens choose."""
         per_layer = zip(*(operand.unbind(0) for operand in operands), strict=True)
         for layer, own in zip(self._layers, per_layer, strict=True):
-            layer.operands = own
+            layer.added = AddByStep(layer.experts, own, step, layer.index)
 
-    def hand_out_adapters(
+    def add_composed(
         self, operands: Operands, weights: Tensor, runs: Tensor | None, dtype: torch.dtype
     ) -> None:
-        """Compose the adapters of D tasks from routing weights [D, M, W], and give them to layers.
+        """Compose the adapters of D tasks from routing weights [D, M, W], and have layers add them.
 
-        `runs` [B] says which of the D each row of the batch has; None: all have the only one.
+        `runs` [B] is the index among the D of each row in the batch; None if D is 1.
         """
         own = weights[:, self._indices].transpose(0, 1)  # [L, D, W]
 
@@ -71,19 +74,14 @@ class LayerStack:
             composed = type(composed)(*(side.index_select(1, runs) for side in composed))
         sides = zip(*(side.unbind(0) for side in composed), strict=True)
         for layer, own_sides in zip(self._layers, sides, strict=True):
-            layer.composed = type(composed)(*own_sides)
-
-    def release(self) -> None:
-        """Forget the operands: the experts may be trained again, or otherwise, from here on."""
-        self._frozen = None
-        for layer in self._layers:
-            layer.operands = None
+            layer.added = AddComposed(type(composed)(*own_sides))
 
 
 class MultiTaskModel(nn.Module):
-    """The adapted model with the routers of the tasks that are trained together.
+    """An adapted model with the routers of the tasks that are trained together.
 
-    `logits` is [tasks, groups, R]: row t is task t's router.
+    `logits` is [tasks, groups, R]: row t is the router of task t. Experts that are frozen must keep
+    their values for as long as this object is used.
     """
 
     def __init__(self, adapted: AdaptedModel, tasks: int, *, seed: int) -> None:
@@ -104,60 +102,62 @@ class MultiTaskModel(nn.Module):
             shapes[layer.experts.target.d_in, layer.experts.target.d_out].append(layer)
         self._stacks = [LayerStack(tuple(layers)) for layers in shapes.values()]
 
-    def set_routing(self, tasks: Tensor, *, sample: bool = False) -> None:
-        """Route a batch, `tasks` [B]: one row of weights a distinct task."""
+    @contextmanager
+    def routed(self, tasks: Tensor, *, sample: bool = False) -> Iterator[None]:
+        """Within this context, row b of a batch is routed by the router of `tasks[b]`, [B]."""
         if not self.logits.numel():
             tasks = torch.zeros_like(tasks[:1])  # one adapter for all
-        distinct, positions = torch.unique(tasks, return_inverse=True)
-        self._route(self.logits[distinct], positions, sample=sample)
+        distinct, rows = torch.unique(tasks, return_inverse=True)
+        with self._routed_by(self.logits[distinct], rows, sample=sample):
+            yield
 
-    def _route(self, logits: Tensor, positions: Tensor, *, sample: bool) -> None:
-        """Route the rows of a batch by D routers [D, groups, R]; `positions` [B] says by which.
+    @contextmanager
+    def _routed_by(self, logits: Tensor, rows: Tensor, *, sample: bool) -> Iterator[None]:
+        """Route row b of a batch by router `rows[b]` of D routers [D, groups, R].
 
-        Where tokens do not choose, each adapter is composed once, for all layers of a shape at
-        once: one by one, each layer would be some thirty small operations.
+        Where tokens do not choose, the adapters are composed once per step, for all layers of one
+        shape together: layer by layer, that would be some thirty small operations each.
         """
         weights = self.adapted.route(logits, sample=sample)
-        base: Any = self.adapted.model
-        self.adapted.context.step = StepRouting(weights, positions, base.dtype)
-        for stack in self._stacks:
-            operands = stack.operands(base.dtype)
-            if self.adapted.layers[0].experts.routes_by_token:
-                stack.hand_out_operands(operands)
-            else:
-                runs = positions if len(logits) > 1 else None
-                stack.hand_out_adapters(operands, weights, runs, base.dtype)
-
-    def release(self) -> None:
-        """Forget the last step's adapters and routing, which hold on to its whole graph."""
-        self.adapted.release()
-        for stack in self._stacks:
-            stack.release()
+        dtype = self.adapted.dtype
+        step = StepRouting(weights, rows, dtype)
+        try:
+            for stack in self._stacks:
+                operands = stack.operands(dtype)
+                if self.adapted.routes_by_token:
+                    stack.add_by_step(operands, step)
+                else:
+                    runs = rows if len(logits) > 1 else None
+                    stack.add_composed(operands, weights, runs, dtype)
+            yield
+        finally:
+            self.adapted.add_nothing()
 
     def collate(self, examples: Sequence[Example], pad: int, *, rows: int = 0) -> Batch:
-        """A batch as the base model takes it; `rows` as in batches.collate."""
+        """Stack examples into a batch for the base model; `rows` as in batches.collate."""
         config: Any = self.adapted.model.config
         if config.is_encoder_decoder:
             return collate_pairs(examples, pad, config.decoder_start_token_id, rows=rows)
         return collate(examples, pad, rows=rows)
 
     def loss(self, batch: Batch, *, sample: bool = False) -> Tensor:
-        """Cross-entropy of the answers, a mean over rows of the mean over each row's tokens."""
+        """Cross-entropy of the answers: a mean over rows of each row's mean over its tokens."""
         if batch.intuition is None:
-            self.set_routing(batch.tasks, sample=sample)
+            routed = self.routed(batch.tasks, sample=sample)
         else:
             own = batch.intuition.unsqueeze(1)  # one group: the whole model
-            self._route(own, torch.arange(len(own)), sample=sample)
+            routed = self._routed_by(own, torch.arange(len(own)), sample=sample)
         chosen = batch.targets != IGNORED
-        logits = self._logits(batch.inputs, chosen).float()
+        with routed:
+            logits = self._logits(batch.inputs, chosen).float()
         losses = F.cross_entropy(logits, batch.targets[chosen], reduction="none")
         return (losses * batch.weights[chosen]).sum()
 
     def _logits(self, inputs: dict[str, Tensor], chosen: Tensor) -> Tensor:
-        """Logits [n, V] at the n positions that `chosen` [B, T] picks, row by row.
+        """Logits [n, V] at the n positions that `chosen` [B, T] marks, row by row.
 
-        A decoder's are computed there alone: the vocabulary is a fifth of a small model. What an
-        encoder's decoder reads is the answer, so that nearly all of its positions are wanted.
+        For a decoder, they are computed at those positions only: the output layer is a fifth of a
+        small model. An encoder-decoder's decoder reads only answers, so it needs nearly all.
         """
         base: Any = self.adapted.model
         if base.config.is_encoder_decoder:
@@ -167,20 +167,22 @@ class MultiTaskModel(nn.Module):
             logits = base.get_output_embeddings()(hidden[chosen])
         return logits
 
-    def parameter_groups(self) -> Groups:
-        """Trainable parameters by role; a gate is a scalar, `routing` the logits of tasks."""
+    def parameter_groups(self, *, routing: bool = True) -> Groups:
+        """The parameters to train, by the role that the method declares, and the tasks' routing.
+
+        Without `routing`, the group of that name is empty.
+        """
         groups: Groups = {"experts": [], "gates": [], "token_routers": [], "routing": []}
         for name, parameter in self.experts.named_parameters():
-            role = "gates" if parameter.numel() == 1 else "experts"
-            if name.endswith(".token_router"):
-                role = "token_routers"
+            layer, _, own = name.partition(".")
+            role = self.adapted.layers[int(layer)].experts.role(own)
             groups[role].append((f"experts.{name}", parameter))
         if self.intuition is not None:
             groups["experts"].append(("intuition.map", self.intuition.map))
-        if self.logits.numel():
+        if routing and self.logits.numel():
             groups["routing"].append(("logits", self.logits))
         return groups
 
     def routers(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Each task's routing logits [groups, R], detached, by the task's name."""
+        """A copy of each task's routing logits [groups, R], by the task's name."""
         return {name: self.logits[i].detach().clone() for i, name in enumerate(names)}

@@ -1,7 +1,7 @@
-"""The papers' claims, one by one, and what the study's cells say of each.
+"""The papers' claims, each judged by the study's cells.
 
-A difference is of two variants that answered the same test rows, with its paired standard error; it
-is said to hold, or not, only where it lies two standard errors from the goal.
+Each claim is about the difference between two variants that answered the same test rows. It holds,
+or does not, only if the difference is at least two paired standard errors away from the goal.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from .report import paired
 from .variants import StudyConfig, run_name
 
 Rows = Literal["held_in", "zero_shot", "adapted"]
-"""Test rows of tasks trained on; of held_out tasks as they are; of held_out tasks adapted to."""
+"""The test rows of held_in tasks, of held_out tasks without adaptation, or of held_out tasks after
+adaptation."""
 
 ROWS: dict[Rows, str] = {
     "held_in": "held_in",
@@ -27,10 +28,10 @@ ROWS: dict[Rows, str] = {
 
 @dataclass(frozen=True)
 class Claim:
-    """That `first` is at least `goal` points above `second`, with at most `parameters` times as
-    many trained parameters where that is part of it.
+    """The claim that `first` is at least `goal` points above `second`, with at most `parameters`
+    times as many trained parameters if that is part of it.
 
-    For adapted tasks the two are named with their modes. `first` None is the best modular method.
+    For adapted tasks, names include the mode. If `first` is None, it is the best modular method.
     """
 
     text: str
@@ -42,7 +43,7 @@ class Claim:
 
 
 ONE_SEED = "open: one seed of training"
-"""LoRA's held_in mean differs by 3.4 points between seeds: one says nothing of a method."""
+"""LoRA's held_in mean differs by 3.4 points between seeds, so one seed says nothing of a method."""
 
 TREX = ("trex-mix-intuition", "trex-diagonal-intuition", "trex-mix", "trex-diagonal")
 _TRAINED: tuple[Rows, ...] = ("held_in", "zero_shot")
@@ -124,7 +125,7 @@ CLAIMS = (
 
 
 def judge(config: StudyConfig, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What is found of each claim whose two variants are finished."""
+    """The finding for each claim whose two variants are finished."""
     modular = {v.name for v in config.variants if v.spec.method not in ("lora", "tlora")}
     adapted = {n: each for n, each in summary["ablations"].items() if each["variant"] in modular}
     best = max(adapted, key=lambda name: adapted[name]["held_out_mean"], default="")
@@ -171,7 +172,7 @@ def _parameters(entry: Mapping[str, Any], rows: Rows) -> int:
 
 
 def _seeds(config: StudyConfig, names: Sequence[str]) -> list[int]:
-    """The seeds that all of some variants are trained with, as far as they are finished."""
+    """The seeds with which all of the named variants are trained already."""
     variants = [variant for variant in config.variants if variant.name in names]
     return [
         seed
@@ -183,7 +184,7 @@ def _seeds(config: StudyConfig, names: Sequence[str]) -> list[int]:
 def _entries(
     config: StudyConfig, rows: Rows, name: str, seeds: Sequence[int]
 ) -> dict[str, dict[str, Any]]:
-    """By task and seed: of few rows where the task is adapted, of training elsewhere."""
+    """The scores by task and seed: of the few rows for adapted tasks, of training for others."""
     if rows == "adapted":
         cell: dict[str, Any] = json.loads(_path(config, "adapt", name).read_text())["held_out"]
         return cell
@@ -202,7 +203,7 @@ def _path(config: StudyConfig, kind: str, name: str) -> Path:
 
 
 def claims_table(found: list[dict[str, Any]]) -> str:
-    """All claims with what was found, as Markdown."""
+    """All claims and their findings, as a Markdown table."""
     lines = [
         "| claim | rows | compared | goal | points | seeds | parameters | holds |",
         "|---|---|---|---:|---:|---:|---:|---|",

@@ -13,9 +13,9 @@ from matplotlib import pyplot
 from matplotlib.lines import Line2D
 from torch import Tensor
 
+from polyrex.adapters.files.bundle import INVENTORY, Bundle
 from polyrex.adapters.files.inventory import Inventory, read_experts, read_inventory
 from polyrex.adapters.methods.composed import LowRank
-from polyrex.training.adapt import neighbours
 
 matplotlib.use("agg")
 
@@ -24,7 +24,8 @@ MARKS = {"routing": "o", "token-routers": "D", "modules": "s", "both": "^"}
 
 
 def accuracy_against_parameters(summary: Mapping[str, Any], path: Path) -> None:
-    """Two panels: held_in against what training learns, held_out against what adapting learns."""
+    """Plot held_in accuracy against the parameters of training, and held_out accuracy against those
+    of adaptation."""
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
     colours = dict(zip(summary["methods"], pyplot.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
     for name, entry in summary["methods"].items():
@@ -58,8 +59,8 @@ def _point(
 
 
 def routing_heat_map(inventory: Inventory, path: Path) -> None:
-    """For each task, the routing weights of every layer's experts, a mean over its modules."""
-    routers = neighbours(inventory)
+    """Plot each task's routing weights by layer and expert, as means over a layer's modules."""
+    routers = Bundle(inventory).logits()
     layers = [_layer(target.name) for target in inventory.targets]
     numbers = sorted(set(layers))
     figure, axes = pyplot.subplots(
@@ -86,7 +87,7 @@ def routing_heat_map(inventory: Inventory, path: Path) -> None:
 
 
 def expert_similarity(inventory: Inventory, path: Path) -> None:
-    """Cosines between the matrices of the experts, B_e A_e, a mean over modules."""
+    """Plot the cosines between the experts' matrices B_e A_e, as means over modules."""
     total = None
     experts = read_experts(inventory)
     for each in experts:
@@ -100,7 +101,8 @@ def expert_similarity(inventory: Inventory, path: Path) -> None:
 
 
 def cosines(experts: LowRank) -> Tensor:
-    """[E, E], from the sides alone: <A_i^T B_i, A_j^T B_j> = <A_i A_j^T, B_i B_j^T>."""
+    """The cosines [E, E] of experts, from their sides alone: <A_i^T B_i, A_j^T B_j> =
+    <A_i A_j^T, B_i B_j^T>."""
     a = torch.einsum("ird,jsd->ijrs", experts.a, experts.a)
     b = torch.einsum("ird,jsd->ijrs", experts.b, experts.b)
     inner = (a * b).sum((2, 3))
@@ -109,15 +111,15 @@ def cosines(experts: LowRank) -> Tensor:
 
 
 def task_similarity(inventory: Inventory, path: Path) -> None:
-    """Cosines between tasks' routing weights, less their mean over tasks."""
-    routers = neighbours(inventory)
+    """Plot the cosines between tasks' routing weights, less their mean over tasks."""
+    routers = Bundle(inventory).logits()
     weights = torch.stack([inventory.route(logits).flatten() for logits in routers.values()])
     centred = torch.nn.functional.normalize(weights - weights.mean(0), dim=-1)
     _matrix(centred @ centred.T, list(routers), "cosine of tasks' routing", path)
 
 
 def convergence(cells: Mapping[str, Any], path: Path) -> None:
-    """The training loss of several variants, each point a mean of 20 steps."""
+    """Plot the training loss of several variants, where each point is a mean of 20 steps."""
     figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     axis.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)  # type: ignore[attr-defined]
     for name, cell in cells.items():
@@ -127,8 +129,8 @@ def convergence(cells: Mapping[str, Any], path: Path) -> None:
 
 
 def router_convergence(cells: Mapping[str, Any], path: Path) -> None:
-    """Of variants whose tokens choose: the loss, how far the routers' weights are from those that
-    they end with, and how even they are."""
+    """Plot the loss of variants whose tokens choose, the distance of their token routers' weights
+    from the final ones, and the entropy of these weights."""
     figure, axes = pyplot.subplots(1, 3, figsize=(14, 4.5), layout="constrained")
     for name, cell in cells.items():
         _loss(axes[0], name, cell)
@@ -152,9 +154,9 @@ def _loss(axis: Any, name: str, cell: Mapping[str, Any]) -> None:
 
 
 def draw(summary: Mapping[str, Any], out: Path, work: Path, routed: str) -> None:
-    """All plots, into `out`; `routed` is the variant whose routing and experts are looked at."""
+    """Draw all plots into `out`; `routed` is the variant whose routing and experts are shown."""
     accuracy_against_parameters(summary, out / "accuracy.png")
-    inventory = read_inventory(work / routed / "inventory.safetensors")
+    inventory = read_inventory(work / routed / INVENTORY)
     routing_heat_map(inventory, out / "routing.png")
     expert_similarity(inventory, out / "experts.png")
     task_similarity(inventory, out / "tasks.png")

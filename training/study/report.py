@@ -1,8 +1,8 @@
-"""What the study's cells say: `study.json`, and the tables of the papers.
+"""The study's summary of its cells (`study.json`), and the tables of the papers.
 
-Accuracies are shares of test rows. A held_out score is the median over seeds of each task's score,
-in the mean over tasks; a held_in one the mean over seeds of training, where there are several.
-Standard errors take rows as independent, and add the spread over seeds.
+Accuracies are shares of test rows. A held_out score is the mean over tasks of each task's median
+over seeds; a held_in score is the mean over tasks and over the seeds of training. Standard errors
+take rows as independent and include the spread over seeds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from polyrex.training.data.tasks import Task, load_tasks
 from .variants import StudyConfig, Variant, run_name
 
 MODES: tuple[AdaptMode, ...] = ("both", "routing", "modules", "token-routers")
-"""Which mode stands for a variant in the main table: the first of these that it has."""
+"""The main table shows a variant in the first of these modes that it has."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,15 @@ class Mean:
 
 
 def mean_of(scores: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> Mean:
-    """Of one score a task."""
+    """The mean of one score for each task."""
     by_task = {name: scores[name]["score"] for name in names}
     variance = sum(p * (1 - p) / scores[name]["rows"] for name, p in by_task.items())
     return Mean(statistics.mean(by_task.values()), math.sqrt(variance) / len(names), by_task)
 
 
 def mean_of_seeds(trained: Sequence[Mapping[str, Mapping[str, Any]]], names: Sequence[str]) -> Mean:
-    """Of one score a task and seed of training: the mean, and the spread over seeds in the error.
-
-    One seed says nothing of that spread, and its error leaves it out.
+    """The mean of one score for each task and seed of training, with the spread over seeds in the
+    error. A single seed has no spread, so its error lacks it.
     """
     means = [mean_of(scores, names) for scores in trained]
     variance = statistics.mean(mean.error**2 for mean in means)
@@ -57,7 +56,7 @@ def mean_of_seeds(trained: Sequence[Mapping[str, Mapping[str, Any]]], names: Seq
 
 
 def mean_of_medians(held_out: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Mean:
-    """Of several seeds a task: the median of each, and the spread over seeds in the error."""
+    """The mean over tasks of each task's median over seeds, with their spread in the error."""
     by_task = {
         task: statistics.median(seed["score"] for seed in seeds.values())
         for task, seeds in held_out.items()
@@ -75,10 +74,10 @@ def paired(
     first: Mapping[str, Mapping[str, Mapping[str, Any]]],
     second: Mapping[str, Mapping[str, Mapping[str, Any]]],
 ) -> tuple[float, float]:
-    """The difference of two variants in the mean over seeds and tasks, with its standard error.
+    """The mean difference of two variants over seeds and tasks, with its standard error.
 
-    Row by row, as both answered the same ones: what is hard for both falls out. What differs from
-    seed to seed is added to that.
+    Both answered the same rows, so differences are taken row by row, which cancels how hard a row
+    is. The spread over seeds is added to the error.
     """
     differences, variance = [], 0.0
     by_seed: dict[str, list[float]] = {}
@@ -104,14 +103,14 @@ def paired(
 
 
 def bits(entry: Mapping[str, Any]) -> list[int]:
-    """Which rows came out right, first row first."""
+    """Whether each row was answered correctly, from the first row on."""
     value = int(entry["right"], 16)
     return [value >> i & 1 for i in range(entry["rows"])]
 
 
 def constant_scores(tasks: Sequence[Task], rows: int) -> dict[str, float]:
-    """By task, what the first `rows` test rows give to an answer that does not look at them: the
-    most frequent one of the training rows, or a guess among each row's options."""
+    """By task, the score on the first `rows` test rows of an answer that ignores the input: the
+    most frequent answer of the train rows, or a random option, whichever is better."""
     found = {}
     for task in tasks:
         test = task.rows["test"][:rows]
@@ -123,7 +122,7 @@ def constant_scores(tasks: Sequence[Task], rows: int) -> dict[str, float]:
 
 
 def adapted_parameters(counts: ParameterCounts, mode: AdaptMode) -> int:
-    """How many numbers a mode of adaptation trains."""
+    """The number of parameters that a mode of adaptation trains."""
     return {
         "routing": counts.routing_per_task,
         "token-routers": counts.token_routers,
@@ -133,7 +132,7 @@ def adapted_parameters(counts: ParameterCounts, mode: AdaptMode) -> int:
 
 
 def summarise(config: StudyConfig, base: Any) -> dict[str, Any]:
-    """Everything that is finished, by variant; `base` is the model whose targets are counted."""
+    """A summary of all that is finished, by variant; parameters are counted on the `base` model."""
     targets = find_targets(base, config.targets)
     methods, ablations = {}, {}
     for variant in config.variants:
@@ -197,7 +196,7 @@ def _trained(
 
 
 def constant_answers(config: StudyConfig) -> dict[str, Any]:
-    """`constant_scores` of the study's tasks, and their means."""
+    """The `constant_scores` of the study's tasks, and their means."""
     held_in = constant_scores(load_tasks(config.data, role="held_in"), config.test_rows)
     held_out = constant_scores(load_tasks(config.data, config.held_out), config.test_rows)
     return {
@@ -216,7 +215,8 @@ def _base(scores: Mapping[str, Any], held_out: Sequence[str]) -> dict[str, float
 
 
 def main_table(summary: Mapping[str, Any]) -> str:
-    """All variants: parameters, held_in, held_out as they are, held_out adapted."""
+    """A row for each variant: parameters, held_in accuracy, and held_out accuracy before and after
+    adaptation."""
     lines = [
         "| method | trained | seeds | held_in | held_out, not adapted | adapted | parameters "
         "| held_out |",
@@ -267,7 +267,7 @@ def task_table(summary: Mapping[str, Any]) -> str:
 
 
 def ablation_table(summary: Mapping[str, Any]) -> str:
-    """Every variant in every mode of adaptation."""
+    """A row for each variant and mode of adaptation."""
     lines = ["| method and mode | adapted parameters | held_out |", "|---|---:|---:|"]
     for name, entry in summary["ablations"].items():
         score = _with_error(entry, "held_out_mean", "standard_error")

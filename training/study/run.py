@@ -1,8 +1,8 @@
-"""The comparison study: every variant trained, scored, and adapted to new tasks, cell by cell.
+"""The comparison study: trains, scores and adapts every variant to new tasks, cell by cell.
 
 A cell is one JSON file in the study's folder: `base`, `search/FAMILY`, `train/VARIANT`,
-`search/adapt-FAMILY-MODE`, `adapt/VARIANT-MODE`. A run does what is missing, several variants
-beside each other, so that it may be stopped at any time; training resumes from its checkpoint.
+`search/adapt-FAMILY-MODE`, `adapt/VARIANT-MODE`. A run computes the cells that are missing, several
+variants in parallel, so that it can be stopped at any time; training resumes from its checkpoint.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from polyrex.adapters.errors import DataError
+from polyrex.adapters.files.bundle import INVENTORY
 from polyrex.adapters.model.attach import AdaptedModel
 from polyrex.adapters.model.base_model import load_base, resolve_base
 from polyrex.adapters.model.intuition import Intuition
 from polyrex.training.adapt import AdaptMode
-from polyrex.training.intuition.router_watch import RouterWatch
-from polyrex.training.loop.loop import LoopConfig, current_commit, write_record
-from polyrex.training.loop.optimiser import Groups
-from polyrex.training.model.multi_task import MultiTaskModel
+from polyrex.training.loop.run import LoopConfig
+from polyrex.training.model.multi_task import Groups, MultiTaskModel
+from polyrex.training.records import current_commit, write_record
 from polyrex.training.train import write_results
 
 from .claims import claims_table, judge
 from .plots import draw
 from .report import ablation_table, constant_answers, main_table, summarise, task_table
+from .router_watch import RouterWatch
 from .search import (
     Trained,
     adaptation_rates,
@@ -64,7 +65,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_study(config: StudyConfig) -> None:
-    """Do every cell that is missing. Raises DataError or SpecError where the plan cannot be run."""
+    """Compute all missing cells; raises DataError or SpecError if the study cannot be run."""
     bench = Bench.open(config)
     check_plan(config, bench)
     bench.fill_caches()
@@ -82,9 +83,9 @@ def run_study(config: StudyConfig) -> None:
 
 
 def check_plan(config: StudyConfig, bench: Bench) -> None:
-    """Note in the study's folder what it is of; cells of another study are not gone on with.
+    """Record the study's settings in its folder, so that a study with others does not go on there.
 
-    Raises DataError where the folder holds another one's.
+    Raises DataError if the folder holds cells of such a study.
     """
     plan: dict[str, Any] = {
         "tasks": {t.name: len(t.rows["train"]) for t in bench.held_in + bench.held_out},
@@ -115,7 +116,7 @@ def check_plan(config: StudyConfig, bench: Bench) -> None:
 
 
 def _loop(loop: LoopConfig) -> dict[str, Any]:
-    """What counts of a loop's configuration: its rates are the search's."""
+    """A loop's settings without its learning rates, which the search determines."""
     return {key: value for key, value in asdict(loop).items() if key != "rates"}
 
 
@@ -127,7 +128,7 @@ def _start_worker(config: StudyConfig) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker that outlived a killed study would write into the files of the next one."""
+    """Exit when the study ends: a worker that outlives a killed one would write into the next."""
     parent = parent_process()
     assert parent is not None
     parent.join()
@@ -135,13 +136,13 @@ def _end_with_parent() -> None:
 
 
 def inventory_of(config: StudyConfig, variant: Variant) -> Path:
-    """Where a variant's trained inventory lies, which adapting it reads. It is made again where the
-    results came from elsewhere without it."""
-    return config.work / variant.name / "inventory.safetensors"
+    """The path of a variant's trained inventory, which adapting the variant reads. If only the
+    results were copied from elsewhere, it is made again."""
+    return config.work / variant.name / INVENTORY
 
 
 def score_base(config: StudyConfig) -> None:
-    """The cell `base`: what the model knows without any adapter."""
+    """Compute the cell `base`: the scores of the model without any adapter."""
     path = cell(config, "base")
     if path.exists():
         return
@@ -153,7 +154,7 @@ def score_base(config: StudyConfig) -> None:
 
 
 def run_variant(config: StudyConfig, variant: Variant) -> str:
-    """Train, score and adapt one variant, as far as that is not done yet; returns its name."""
+    """Train, score and adapt a variant, unless that is done already; returns its name."""
     if all(is_adapted(config, variant, mode) for mode in variant.modes):
         return variant.name
     trained = (cell(config, "train", variant.name), inventory_of(config, variant))
@@ -169,11 +170,10 @@ def run_variant(config: StudyConfig, variant: Variant) -> str:
 
 
 def train_variant(config: StudyConfig, variant: Variant, seed: int) -> None:
-    """Train on all held_in tasks; write the inventory, its routers, and the cell with scores, where
-    that is not there.
+    """Train on all held_in tasks; write the inventory, its routers, and the cell with the scores.
 
-    Held_out tasks are scored as they are, under the mean of the routers, or by each prompt's own
-    intuition where the variant has one, as are held_in tasks then.
+    Does nothing if the cell is there already. Held_out tasks are scored without adaptation, under
+    the mean of the routers. If the variant has an intuition, that of its prompt routes each row.
     """
     name = run_name(config, variant, seed)
     path, folder = cell(config, "train", name), config.work / name
@@ -209,7 +209,7 @@ def train_variant(config: StudyConfig, variant: Variant, seed: int) -> None:
 
 
 def watch_routers(bench: Bench, model: MultiTaskModel, path: Path) -> RouterWatch | None:
-    """Watch the token routers, where there are any, on the first valid row of each task."""
+    """A watch on the token routers, if there are any, by the first valid row of each task."""
     if not model.adapted.layers[0].experts.routes_by_token:
         return None
     rows = bench.examples("valid", model.intuition)
@@ -224,9 +224,9 @@ def score_tasks(
     logits: Mapping[str, Tensor | None],
     intuition: Intuition | None = None,
 ) -> dict[str, Any]:
-    """Every task's test score under its logits [groups, R]; None for the base model alone.
+    """Every task's test score under its logits [groups, R], or by the base model alone for None.
 
-    With an intuition, each prompt is routed by its own instead.
+    With an intuition, each row is routed by that of its prompt instead.
     """
     scores = {}
     for task in bench.held_in + bench.held_out:
@@ -237,14 +237,14 @@ def score_tasks(
 
 
 def is_adapted(config: StudyConfig, variant: Variant, mode: AdaptMode) -> bool:
-    """Whether a variant is adapted to all held_out tasks in a mode."""
+    """Whether a variant has been adapted to all held_out tasks in a mode."""
     path = cell(config, "adapt", f"{variant.name}-{mode}")
     done = json.loads(path.read_text())["held_out"] if path.exists() else {}
     return all(name in done for name in config.held_out)
 
 
 def adapt_variant(config: StudyConfig, variant: Variant, mode: AdaptMode) -> None:
-    """Adapt to every held_out task from a few rows, for each seed; the cell grows task by task."""
+    """Adapt to every held_out task from the few rows of each seed; the cell grows task by task."""
     if is_adapted(config, variant, mode):
         return
     path = cell(config, "adapt", f"{variant.name}-{mode}")
@@ -268,33 +268,35 @@ def adapt_variant(config: StudyConfig, variant: Variant, mode: AdaptMode) -> Non
 
 
 def entry(right: Sequence[bool]) -> dict[str, Any]:
-    """A score and the rows behind it, as a cell keeps them: one bit a row, first row first."""
+    """A score and its rows, as in a cell: one bit for each row, from the first row on."""
     bits = sum(1 << i for i, each in enumerate(right) if each)
     return {"score": round(sum(right) / len(right), 4), "rows": len(right), "right": f"{bits:x}"}
 
 
 def counts(groups: Groups) -> dict[str, int]:
-    """How many numbers the optimiser holds, by role."""
+    """The number of trained parameters by group."""
     return {role: sum(p.numel() for _, p in members) for role, members in groups.items()}
 
 
 def smoothed(losses: Iterable[float], window: int = 20) -> list[float]:
-    """Means over windows of so many steps: a curve that a small file can hold."""
+    """The means of consecutive windows of a curve, which make it short enough for a small file."""
     values = list(losses)
     parts = [values[i : i + window] for i in range(0, len(values), window)]
     return [round(math.fsum(part) / len(part), 4) for part in parts]
 
 
 def main() -> None:
-    """The command behind `make study`."""
+    """Run the command behind `make study`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with manifest.json")
     parser.add_argument("--out", type=Path, required=True, help="folder for results")
     parser.add_argument(
-        "--work", type=Path, required=True, help="folder for what can be made again"
+        "--work", type=Path, required=True, help="folder for files that can be made again"
     )
-    parser.add_argument("--variant", action="append", help="only this one; repeat it for more")
-    parser.add_argument("--report", action="store_true", help="only of what is finished")
+    parser.add_argument(
+        "--variant", action="append", help="run only this variant; repeat it for more"
+    )
+    parser.add_argument("--report", action="store_true", help="only report what is finished")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     chosen = [v for v in VARIANTS if not options.variant or v.name in options.variant]

@@ -1,6 +1,6 @@
-"""The study's search for learning rates: of training a family of methods, and of adapting it.
+"""The study's search for the learning rates of training, and of adapting, a family of methods.
 
-Rates are tried one after the other for as long as the loss on valid rows gets less.
+Rates are tried one after another until the loss on valid rows rises.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polyrex.adapters.files.bundle import Bundle
 from polyrex.adapters.files.inventory import Inventory, read_inventory
+from polyrex.adapters.methods.rates import LearningRates
 from polyrex.adapters.methods.registry import method_class
 from polyrex.adapters.model.attach import AdaptedModel
-from polyrex.training.adapt import AdaptMode, fit, neighbours
+from polyrex.training.adapt import AdaptMode, fit
 from polyrex.training.data.batches import Example
 from polyrex.training.data.tasks import Task
-from polyrex.training.loop.loop import LoopConfig, StepRecord, run, write_record
-from polyrex.training.loop.optimiser import Groups, LearningRates
-from polyrex.training.model.multi_task import MultiTaskModel
+from polyrex.training.loop.run import LoopConfig, StepRecord, run
+from polyrex.training.model.multi_task import Groups, MultiTaskModel
+from polyrex.training.records import write_record
 
 from .setup import Bench
 from .variants import (
@@ -39,14 +41,14 @@ from .variants import (
 
 @dataclass(frozen=True)
 class Search:
-    """One search and its cell, which grows with every rate tried."""
+    """A search and its cell, which grows with every rate that is tried."""
 
     path: Path
     done: list[dict[str, Any]]
 
     @classmethod
     def open(cls, path: Path) -> Search:
-        """The search of a cell, as far as it has come."""
+        """The search of a cell, with what it has tried so far."""
         return cls(path, json.loads(path.read_text())["tried"] if path.exists() else [])
 
     def run(
@@ -55,7 +57,8 @@ class Search:
         cost: Callable[[LearningRates], float],
         **about: Any,
     ) -> None:
-        """Try what is missing, until one does worse than the one before; `about` is noted too."""
+        """Try the candidates that are missing until one is worse than the one before; `about` is
+        also recorded."""
         for rates in candidates[len(self.done) :]:
             if len(self.done) > 1 and self.done[-1]["valid_loss"] > self.done[-2]["valid_loss"]:
                 break
@@ -64,18 +67,18 @@ class Search:
 
     @property
     def best_entry(self) -> dict[str, Any]:
-        """What was noted of the least valid loss."""
+        """The entry with the lowest valid loss."""
         return min(self.done, key=lambda entry: float(entry["valid_loss"]))
 
     @property
     def best(self) -> LearningRates:
-        """The rates of the least valid loss."""
+        """The rates with the lowest valid loss."""
         return LearningRates(**self.best_entry["rates"])
 
 
 def search_rates(config: StudyConfig, variant: Variant) -> None:
-    """Train a variant for a short while at each of its family's rates; where tasks are routed, then
-    at other rates of routing."""
+    """Train a variant briefly at each of its family's rates and, if tasks are routed, then at other
+    rates for routing."""
 
     def cost(rates: LearningRates) -> float:
         bench = Bench.open(config)
@@ -100,7 +103,7 @@ def _routing_cell(config: StudyConfig, variant: Variant) -> Path:
 
 
 def best_rates(config: StudyConfig, variant: Variant) -> LearningRates:
-    """The rates of training that the search of the variant's family ended with."""
+    """The rates of training that the search found for the variant's family."""
     routing = Search.open(_routing_cell(config, variant))
     return (routing if routing.done else Search.open(cell(config, "search", variant.family))).best
 
@@ -114,12 +117,11 @@ def train_adapters(
     checkpoint: Path | None,
     progress: Callable[[StepRecord], None] | None = None,
 ) -> tuple[Groups, list[StepRecord]]:
-    """Train a variant; what the optimiser held, and the curve. `progress` as in `run`."""
-    groups = model.parameter_groups()
+    """Train a variant; returns the trained parameters and the curve. `progress` as in `run`."""
+    groups = model.parameter_groups(routing=variant.routes_tasks)
     if not variant.routes_tasks:
         torch.nn.init.zeros_(model.logits)
         model.logits.requires_grad_(False)
-        groups["routing"] = []
     pad = bench.tokenizer.eos_token_id
     return groups, run(
         model,
@@ -135,17 +137,16 @@ def train_adapters(
 
 @torch.no_grad()
 def mean_loss(model: MultiTaskModel, examples: Sequence[Example], batch_rows: int = 32) -> float:
-    """The mean loss of rows, in batches of alike lengths."""
+    """The mean loss of rows, computed in batches of similar lengths."""
     ordered = sorted(examples, key=len)
     batches = [ordered[i : i + batch_rows] for i in range(0, len(ordered), batch_rows)]
     total = sum(model.loss(model.collate(batch, 0)).item() * len(batch) for batch in batches)
-    model.release()
     return total / len(ordered)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained variant, which is adapted again and again from where training left it."""
+    """A trained variant, which can be adapted many times, each time from its trained state."""
 
     bench: Bench
     inventory: Inventory
@@ -154,7 +155,7 @@ class Trained:
 
     @classmethod
     def load(cls, bench: Bench, path: Path) -> Trained:
-        """The inventory at `path` on the bench's model, which is used up."""
+        """The inventory at `path` on the bench's base model, which this changes."""
         inventory = read_inventory(path)
         adapted = bench.load(inventory)
         states = [deepcopy(layer.experts.state_dict()) for layer in adapted.layers]
@@ -163,10 +164,10 @@ class Trained:
     def adapt(
         self, task: Task, seed: int, mode: AdaptMode, rates: LearningRates
     ) -> tuple[str, Tensor, list[float]]:
-        """Adapt to a task from the few rows of a seed; what `fit` returns."""
+        """Adapt to a task from the few rows that a seed draws; returns what `fit` returns."""
         for layer, state in zip(self.adapted.layers, self.states, strict=True):
             layer.experts.load_state_dict(state)
-        starts = dict(neighbours(self.inventory)) if mode in ("routing", "both") else {}
+        starts = dict(Bundle(self.inventory).logits()) if mode in ("routing", "both") else {}
         if self.inventory.intuition is not None:
             starts["own"] = self.bench.mean_intuition(self.inventory.intuition, task, seed)
         loop = replace(self.bench.config.adapt, seed=seed, rates=rates)
@@ -175,16 +176,17 @@ class Trained:
         return fit(self.adapted, rows, pad, loop, mode=mode, starts=starts)
 
     def valid_loss(self, task: Task, logits: Tensor) -> float:
-        """Of a task's valid rows, as it was adapted last, under its router's logits."""
+        """The loss on a task's valid rows under a router's logits, with the modules as they were
+        adapted last."""
         model = MultiTaskModel(self.adapted, 1, seed=0)
         model.logits.data[0] = logits
         return mean_loss(model, self.bench.valid(task))
 
 
 def adaptation_rates(trained: Trained, variant: Variant, mode: AdaptMode) -> LearningRates:
-    """The rates at which a family adapts best in a mode; whichever variant comes first finds them.
+    """The rates at which a family adapts best in a mode; its first variant searches for them.
 
-    Of modules and routing together: those of either alone.
+    For modules and routing together, the rates are those of each alone.
     """
     config = trained.bench.config
     if mode == "both":

@@ -1,41 +1,41 @@
-"""What the cells of the comparison study share: rows as tokens, caches, models, scoring."""
+"""The parts that cells of the comparison study share: encoded rows, caches, models and scoring."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from polyrex.adapters.files.inventory import Inventory, load_experts
 from polyrex.adapters.model.attach import AdaptedModel, attach, find_targets
-from polyrex.adapters.model.base_model import load_base, load_tokenizer, resolve_base
 from polyrex.adapters.model.intuition import Intuition
 from polyrex.adapters.model.sentence_encoder import SentenceEncoder
+from polyrex.adapters.rows import Row
 from polyrex.training.adapt import few_shot_rows
 from polyrex.training.data.batches import Example, encode_answer, encode_rows
 from polyrex.training.data.questions import Question
-from polyrex.training.data.tasks import Row, Split, Task, load_tasks, prompt_of
-from polyrex.training.evaluation.evaluate import best_option, routed, score_questions
-from polyrex.training.intuition.cluster import Embeddings, cluster
+from polyrex.training.data.tasks import Split, Task, load_tasks, prompt_of
+from polyrex.training.evaluation.evaluate import best_option, score_questions
+from polyrex.training.intuition.cluster import TrainPrompts, mean_intuition, routed_by_prompt
+from polyrex.training.intuition.embeddings import Embeddings
 from polyrex.training.model.frozen import LowerLayers, cut
+from polyrex.training.model.loading import load_for_training
 from polyrex.training.model.multi_task import MultiTaskModel
-from polyrex.training.train import use_eager_attention
 
 from .variants import StudyConfig, Variant
 
 VALID_ROWS = 20
-"""Rows of each task's valid split that the search for learning rates looks at; twice as many where
-it looks at one task at a time."""
+"""The rows of each task's valid split that the search for learning rates uses; twice as many when
+it adapts to one task at a time."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """The tasks, a tokenizer, and a base model whose lower layers' work is kept on disk."""
+    """The tasks, a tokenizer, and a base model whose lower layers' outputs are kept on disk."""
 
     config: StudyConfig
     held_in: list[Task]
@@ -46,96 +46,90 @@ class Bench:
 
     @classmethod
     def open(cls, config: StudyConfig) -> Bench:
-        """Load tasks and model; raises DataError where the data folder lacks a task."""
+        """Load the tasks and the model; raises DataError if the data folder lacks a task."""
         held_in = load_tasks(config.data, role="held_in")
         held_out = load_tasks(config.data, config.held_out)
-        path = resolve_base(config.base)
-        base = load_base(path, getattr(torch, config.dtype))
-        use_eager_attention(base)
+        base, tokenizer = load_for_training(config.base, config.dtype)
         lower = LowerLayers(base, config.lower_layers, config.work / "hidden")
-        return cls(config, held_in, held_out, load_tokenizer(path), base, lower)
+        return cls(config, held_in, held_out, tokenizer, base, lower)
 
     @cached_property
     def embeddings(self) -> Embeddings:
-        """Of prompts, for T-REX's intuition."""
+        """The embeddings of prompts, for T-REX's intuition."""
         return Embeddings(SentenceEncoder(), self.config.work / "embeddings")
 
     def fill_caches(self) -> None:
-        """Compute what is kept of every text, before several processes want it."""
+        """Fill the caches on disk, before several processes need them."""
         for task in self.held_in:
-            self._embedded(task, "train", task.rows["train"])
+            self.embeddings.of_prompts(task, "train", task.rows["train"])
         self.examples("train")
         self.examples("valid")
         for task in self.held_in + self.held_out:
             self.questions(task)
-            self._embedded(task, "test", self._test_rows(task))
+            self.embeddings.of_prompts(task, "test", self._test_rows(task))
         for task in self.held_out:
             self.valid(task)
             for seed in self.config.seeds:
                 self.few_shot(task, seed)
 
     def fresh(self, variant: Variant, seed: int = 0) -> MultiTaskModel:
-        """A variant with fresh adapters on the upper layers; the bench's base is used up."""
+        """A variant with fresh adapters on the upper layers of the base, which this changes."""
         targets = find_targets(self.base, self.config.targets)
-        intuition = self._cluster(variant, seed) if variant.spec.intuition else None
+        intuition = None
+        if variant.spec.intuition:
+            prompts = TrainPrompts.of(self.embeddings, self.held_in, variant.spec, seed=seed)
+            intuition = prompts.intuition
         adapted = attach(self.base, variant.spec, targets, seed=seed, intuition=intuition)
         cut(self.base, self.config.lower_layers)
         return MultiTaskModel(adapted, len(self.held_in), seed=seed)
 
     def load(self, inventory: Inventory) -> AdaptedModel:
-        """A trained inventory on the upper layers; the bench's base is used up."""
+        """A trained inventory on the upper layers of the base, which this changes."""
         adapted = load_experts(inventory, self.base)
         cut(self.base, self.config.lower_layers)
         return adapted
 
-    def _cluster(self, variant: Variant, seed: int) -> Intuition:
-        texts = [self._embedded(task, "train", task.rows["train"]) for task in self.held_in]
-        return cluster(self.embeddings.encoder, torch.cat(texts), variant.spec, seed=seed)
-
-    def _embedded(self, task: Task, name: str, rows: Sequence[Row]) -> Tensor:
-        prompts = [prompt_of(task.instruction, row) for row in rows]
-        return self.embeddings.of(f"{task.name}-{name}", prompts)
-
     def examples(self, split: Split, intuition: Intuition | None = None) -> list[Example]:
-        """The rows of all held_in tasks, each with its prompt's intuition where there is one."""
+        """The rows of all held_in tasks; with an intuition, each is routed by its prompt's."""
         found: list[Example] = []
         for index, task in enumerate(self.held_in):
             rows = task.rows[split][: None if split == "train" else VALID_ROWS]
             encoded = encode_rows(self.tokenizer, task.instruction, rows, task=index)
             known = self.lower.of_examples(f"{task.name}-{split}", encoded)
             if intuition is not None:
-                own = intuition.of(self._embedded(task, split, rows))
-                known = [replace(e, intuition=c) for e, c in zip(known, own, strict=True)]
+                embedded = self.embeddings.of_prompts(task, split, rows)
+                known = routed_by_prompt(known, intuition.of(embedded))
             found += known
         return found
 
     def few_shot(self, task: Task, seed: int) -> list[Example]:
-        """The rows that a new task is adapted from."""
+        """The train rows that a new task is adapted from."""
         rows = few_shot_rows(task.rows["train"], self.config.rows, seed)
         encoded = encode_rows(self.tokenizer, task.instruction, rows)
         return self.lower.of_examples(f"{task.name}-{len(rows)}", encoded)
 
     def valid(self, task: Task) -> list[Example]:
-        """Rows of a new task that adapting to it does not see."""
+        """Rows of a new task that are not used to adapt to it."""
         rows = task.rows["valid"][: 2 * VALID_ROWS]
         encoded = encode_rows(self.tokenizer, task.instruction, rows)
         return self.lower.of_examples(f"{task.name}-valid", encoded)
 
     def mean_intuition(self, intuition: Intuition, task: Task, seed: int | None) -> Tensor:
-        """A task's router [1, K]: the mean intuition of its train rows, or of those of a seed."""
+        """A task's router [1, K] by the intuition: the mean over all its train prompts, or over the
+        few that a seed draws."""
         rows: Sequence[Row] = task.rows["train"]
         if seed is not None:
             rows = few_shot_rows(rows, self.config.rows, seed)
-        embedded = self._embedded(task, "train" if seed is None else str(len(rows)), rows)
-        return intuition.of(embedded).mean(0, keepdim=True)
+        part = "train" if seed is None else str(len(rows))
+        return mean_intuition(intuition, self.embeddings.of_prompts(task, part, rows))
 
     def _test_rows(self, task: Task) -> Sequence[Row]:
         return task.rows["test"][: self.config.test_rows]
 
     def questions(self, task: Task, intuition: Intuition | None = None) -> list[Question]:
-        """The test rows, each with its prompt's intuition where there is one.
+        """The test rows; with an intuition, each is routed by its prompt's.
 
-        Without options, the answer itself is one, with what ends it.
+        For exact match, the only option is the answer with the end-of-sequence token.
         """
         found = []
         for row in self._test_rows(task):
@@ -147,8 +141,8 @@ class Bench:
         known = self.lower.of_questions(f"{task.name}-test", found)
         if intuition is None:
             return known
-        own = intuition.of(self._embedded(task, "test", self._test_rows(task)))
-        return [replace(q, intuition=c) for q, c in zip(known, own, strict=True)]
+        embedded = self.embeddings.of_prompts(task, "test", self._test_rows(task))
+        return routed_by_prompt(known, intuition.of(embedded))
 
     def right(
         self,
@@ -157,19 +151,20 @@ class Bench:
         questions: Sequence[Question],
         logits: Tensor | None,
     ) -> list[bool]:
-        """Which test rows come out right under a router's logits [groups, R]."""
-        with routed(adapted, logits):
+        """Whether each test row is answered correctly under a router's logits [groups, R]."""
+        with adapted.routed(logits):
             found = self.answers(adapted, task, questions)
         return [right for _, right in found]
 
     def answers(
         self, adapted: AdaptedModel, task: Task, questions: Sequence[Question]
     ) -> list[tuple[int, bool]]:
-        """Which option each test row is given under the routing set, and whether that is right.
+        """The option that is chosen for each test row, with the adapter that the model adds at
+        present, and whether it is right.
 
-        For exact match, greedy decoding must give the answer's own tokens: the same text in other
-        tokens counts as wrong, which lets one pass do instead of one a token. The only option is
-        then the answer, and -1 any other text.
+        For exact match, greedy decoding must produce the answer's own tokens. The same text in
+        other tokens counts as wrong, so that one forward pass is enough. Option 0 is then the
+        answer, and -1 is any other text.
         """
         newline = self.tokenizer.encode("\n", add_special_tokens=False)[-1]
         stops = (self.tokenizer.eos_token_id, newline)

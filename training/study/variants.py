@@ -1,7 +1,7 @@
-"""What the comparison study compares: variants of methods, and how long each part runs.
+"""The variants of methods that the comparison study compares, and how long each part runs.
 
-Everything is cut evenly: all variants see the same rows in the same order for the same number of
-steps, and only learning rates differ, chosen for each family of methods by the same small search.
+All variants see the same rows in the same order for the same number of steps. Only learning rates
+differ; the same small search chooses them for each family of methods.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from polyrex.adapters.methods.rates import LearningRates
 from polyrex.adapters.model.base_model import DEFAULT_BASE
 from polyrex.adapters.spec import AdapterSpec, Granularity, TrexForm
 from polyrex.training.adapt import ADAPTATION, AdaptMode
 from polyrex.training.intuition.cluster import CENTROIDS
-from polyrex.training.loop.loop import LoopConfig
-from polyrex.training.loop.optimiser import LearningRates
+from polyrex.training.loop.run import LoopConfig
 
 UPPER_THIRD = r"model\.layers\.2\d\..*_proj"
 """The projections of the last ten of SmolLM2-135M's thirty layers."""
@@ -23,16 +23,16 @@ UPPER_THIRD = r"model\.layers\.2\d\..*_proj"
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the study's tables; `modes` are the ways in which it is adapted to new tasks.
+    """A row of the study's tables; `modes` are the ways in which it is adapted to new tasks.
 
-    Variants of one `family` share the learning rates that the search found for its first member.
+    Variants of one `family` share the learning rates that the search finds for its first member.
     """
 
     name: str
     family: str
     spec: AdapterSpec
     modes: tuple[AdaptMode, ...]
-    routes_tasks: bool = True  # False: nothing is learned of single tasks in training
+    routes_tasks: bool = True  # False if training learns nothing that belongs to a single task
 
 
 _ALL: tuple[AdaptMode, ...] = ("routing", "modules", "both")
@@ -100,38 +100,39 @@ RATES = {
     "trex": _BY_TOKEN,
     "leaves": tuple(LearningRates(experts=experts, gates=gates) for experts, gates in _LEAVES),
 }
-"""What the search tries, by family, one after the other for as long as it gets better. LoRA and
-Poly divide by the rank, MoLoRA and T-REX do not."""
+"""The rates that the search tries for each family, in this order while they improve. LoRA and Poly
+divide their delta by the rank; MoLoRA and T-REX do not."""
 
 TRAIN_ROUTING = (0.2, 0.8, 3.0)
-"""Rates of tasks' routing that are tried after that, where it is trained."""
+"""The rates for the tasks' routing that are tried after that, if it is trained."""
 
 ADAPT_ROUTING = (0.1, 0.5, 2.0, 8.0)
 ADAPT_SCALES = (0.1, 0.3, 1.0, 3.0, 10.0)
-"""What the search for the rates of adaptation tries in the same way: of routing, and what the rates
-of training are multiplied by where modules or the routers of tokens are adapted."""
+"""What the search for rates of adaptation tries in the same way: rates for routing, and factors on
+the rates of training if modules or token routers are adapted."""
 
 SEARCH = LoopConfig(steps=120, sample_routing=False)
 TRAIN = LoopConfig(steps=320, sample_routing=False)
 ADAPT = replace(ADAPTATION, steps=20, batch_rows=8)
 
 HELD_OUT = ("epistemic", "social_iqa", "winowhy", "wic_wn", "plural")
-"""Of each kind that T0 holds out (inference, completion, coreference, word sense) the task with the
-most rows, of those that may be passed on; and one whose answers are no options, but words."""
-
+"""Of each kind that T0 holds out (inference, completion, coreference, word sense), the task with
+the most rows whose licence allows redistribution; and one task with free answers instead of
+options."""
 
 REPEATED = ("lora", "mhr", "trex-diagonal", "tensorpoly-x")
 TRAIN_SEEDS = (0, 1, 2, 3)
-"""Variants that are trained and scored with every one of these seeds, so that it shows how much of
-a difference is chance; all others, and whatever is adapted, with the first."""
+"""Variants that are trained and scored with each of these seeds, to show how much of a difference
+is chance. All others, and all that is adapted, use the first seed."""
 
 SEARCHED = ("plural", "epistemic")
-"""The held_out tasks whose valid rows the search for the rates of adaptation looks at."""
+"""The held_out tasks whose valid rows the search for rates of adaptation uses."""
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """One study. `out` keeps the results, which are small; `work` what can be made again."""
+    """The settings of a study. `out` is for the results, which are small; `work` is for files that
+    can be made again."""
 
     data: Path
     out: Path
@@ -145,7 +146,7 @@ class StudyConfig:
     searched: tuple[str, ...] = SEARCHED
     rows: int = 32
     test_rows: int = 160
-    """At most, of each task's test split: the first ones."""
+    """The most test rows of a task that are used, from the first on."""
     repeated: tuple[str, ...] = REPEATED
     train_seeds: tuple[int, ...] = TRAIN_SEEDS
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -160,12 +161,12 @@ class StudyConfig:
 
 
 def run_name(config: StudyConfig, variant: Variant, seed: int) -> str:
-    """What a variant's training with a seed is called; with the first seed, as the variant is."""
+    """The name of a variant's training run: the variant's, followed by any seed but the first."""
     return variant.name if seed == config.train_seeds[0] else f"{variant.name}-seed{seed}"
 
 
 def cell(config: StudyConfig, *names: str) -> Path:
-    """Where a cell's result lies; its folder is made."""
+    """The path of a cell's result, whose folder is created."""
     path = config.out.joinpath(*names[:-1], f"{names[-1]}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path

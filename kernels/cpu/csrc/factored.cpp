@@ -1,5 +1,5 @@
-// The CPU path of adapters whose sides are tensor products of a task's own leaves; the contract is
-// in kernels/factored.py, the twin in adapters/tensor_product.py.
+// The CPU path of adapters whose sides are tensor products of a task's leaves.
+// kernels/factored.py documents the operator; its twin is adapters/methods/tensor_product.py.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -16,9 +16,9 @@ namespace {
 using namespace polyrex;
 using at::Tensor;
 
-// A side of a task's adapter that is never built: row k is first_k (x) second_k - shift_k, cut.
-// Its leaves lie one after the other: first [p, R], second [q, R] or its transpose, of bfloat16 the
-// rows in twos, and shift [R] in float32; R is 16.
+// A side of a task's adapter, which is never built: row k is first_k (x) second_k - shift_k, cut.
+// Its leaves follow each other: first [p, R]; second [q, R] or its transpose, with rows interleaved
+// in pairs if it is of bfloat16; and shift [R] in float32. R is 16.
 template <typename Value>
 struct Leaves {
   const Value *first, *second;
@@ -31,7 +31,7 @@ struct Leaves {
         end(reinterpret_cast<const Value*>(shift + LANES)) {}
 };
 
-// The factored products in vectors.
+// The factored products, in vectors.
 template <typename Value>
 struct FactoredVectors {
   // first^T X second for one token, X = x laid out in rows of q.
@@ -41,7 +41,7 @@ struct FactoredVectors {
     for (int64_t begin = 0, i = 0; begin < length; begin += q, ++i) {
       const Value* row = x + begin;
       const int64_t end = std::min(q, length - begin);
-      Floats sums[4] = {};  // independent, so that one need not wait for another
+      Floats sums[4] = {};  // independent: none waits for another
       int64_t j = 0;
       for (; j + 4 * STEP <= end; j += 4 * STEP)
 #pragma GCC unroll 4
@@ -54,7 +54,7 @@ struct FactoredVectors {
   }
 
   // out = level + sum_k h_k first_k (x) second_k for one token; second is [16, width].
-  // A row of out is written in whole vectors, over the beginning of the next, which comes after it.
+  // A row of out is written in whole vectors, beyond its end: the next row is written later.
   void expand(float* out, int64_t length, int64_t q, int64_t width, const Leaves<Value>& side,
               Floats hidden, float level) const {
     constexpr int64_t STEP = ROWS_TOGETHER<Value>;
@@ -73,22 +73,17 @@ struct FactoredVectors {
   }
 };
 
+struct FactoredTiles;
+
 #ifdef __AMX_BF16__
-// The same in tiles: one token's rows are enough to fill them. Rows are read as they lie, beyond
-// their end, where the other factor is 0, and 32 at a time, beyond the last.
-struct FactoredTiles {
+// The same in tiles, which the rows of one token fill. Rows are read in place, beyond their end,
+// where the other factor is 0, and 32 at a time, beyond the last one.
+struct FactoredTiles : Tiles {
   static constexpr int64_t ROWS = 32;
   // Tiles 0 and 1 are sums; 2 and 3 multiply 32 of the depth, 4 to 6 multiply 16.
   FactoredTiles() {
-    struct {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 32, 32, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 8};
-    } tiles;
-    _tile_loadconfig(&tiles);
+    configure({.bytes = {64, 64, 64, 64, 32, 32, 64}, .rows = {16, 16, 16, 16, 16, 16, 8}});
   }
-  FactoredTiles(const FactoredTiles&) = delete;
-  ~FactoredTiles() { _tile_release(); }
 
   Floats shrink(const BFloat16* x, int64_t length, int64_t q, const Leaves<BFloat16>& side) const {
     const int64_t rows = rounded(length, q) / q, depth = rounded(q, LANES);
@@ -134,7 +129,7 @@ struct FactoredTiles {
       }
       _tile_loadd(4, weights, 32);
       _tile_loadd(5, weights + 16 * LANES, 32);
-      // The last columns go over the beginning of the next row, and are written before it.
+      // The last columns reach into the next row, so they are written first.
       for (int64_t j = width - LANES; j >= 0; j -= LANES) {
         _tile_loadd(6, side.second + j * 2, width * 4);
         _tile_loadd(0, levels, 64);
@@ -149,25 +144,26 @@ struct FactoredTiles {
 };
 #endif
 
-float total(Floats values) {
-  float sum = 0;
-  for (int64_t k = 0; k < LANES; ++k) sum += values[k];
-  return sum;
+// The sum in the order of the lanes, on every processor; with AVX-512, `sum` adds in a tree.
+float sum_in_order(Floats values) {
+  float result = 0;
+  for (int64_t k = 0; k < LANES; ++k) result += values[k];
+  return result;
 }
 
 // A row of `parts`: one module of a layer.
 struct Part {
-  int64_t start;         // where its leaves lie in a task's row
+  int64_t start;         // where its leaves begin in a task's row
   int64_t column;        // where its outputs begin
   int64_t length;        // how many there are
   int64_t p, q;          // the sizes of the A side's leaves
   int64_t p_out, q_out;  // of the B side's
 };
 
-// y_t += B_t A_t x_t for every module; `Sides` are the products with both sides.
+// y_t += B_t A_t x_t for every module; `Sides` computes the products with both sides.
 template <typename Value, typename Sides>
 void factored_add(Tensor& y, const Tensor& x, const Tensor& leaves, const Part* part,
-                  int64_t modules, const int64_t* entry) {
+                  int64_t modules, const int64_t* place) {
   const int64_t size = leaves.size(1), d_in = x.size(1);
   int64_t most_in = 0, most_out = 0;
   for (int64_t m = 0; m < modules; ++m) {
@@ -177,46 +173,34 @@ void factored_add(Tensor& y, const Tensor& x, const Tensor& leaves, const Part* 
   }
   at::parallel_for(0, x.size(0), 1, [&](int64_t from, int64_t to) {
     const Sides sides;
-    Value* in = room<INPUTS, Value>(most_in);
+    Value* in = scratch<INPUTS, Value>(most_in);
     std::fill(in + d_in, in + most_in, Value(0));
-    float* out = room<OUTPUTS, float>(most_out);
+    float* out = scratch<OUTPUTS, float>(most_out);
     for (int64_t t = from; t < to; ++t) {
-      if (entry[t] < 0) continue;
+      if (place[t] < 0) continue;
       copy_row(in, d_in, x.const_data_ptr<Value>() + t * x.stride(0), d_in);
       Floats sums = {};
       for (int64_t i = 0; i < d_in; i += LANES) sums += load(in + i);  // zeros follow
-      const float sum = total(sums);
+      const float total = sum_in_order(sums);
       for (int64_t m = 0; m < modules; ++m) {
         const auto [start, column, length, p, q, p_out, q_out] = part[m];
         const int64_t width = rounded(q_out, LANES);
-        const Value* at = leaves.const_data_ptr<Value>() + entry[t] * size + start;
+        const Value* at = leaves.const_data_ptr<Value>() + place[t] * size + start;
         const Leaves<Value> a(at, p, rounded(q, LANES)), b(a.end, p_out, width);
-        // Tasks' leaves lie far apart: ask for what the next token reads.
-        if (t + 1 < to && entry[t + 1] >= 0)
+        // The leaves of tasks are far apart: prefetch those of the next token.
+        if (t + 1 < to && place[t + 1] >= 0)
           for (const Value* own = at; own < b.end; own += 64 / sizeof(Value))
-            __builtin_prefetch(own + (entry[t + 1] - entry[t]) * size);
-        const Floats hidden = sides.shrink(in, d_in, q, a) - load(a.shift) * sum;
-        sides.expand(out, length, q_out, width, b, hidden, -total(hidden * load(b.shift)));
+            __builtin_prefetch(own + (place[t + 1] - place[t]) * size);
+        const Floats hidden = sides.shrink(in, d_in, q, a) - load(a.shift) * total;
+        sides.expand(out, length, q_out, width, b, hidden, -sum_in_order(hidden * load(b.shift)));
         add_row(y.data_ptr<Value>() + t * y.stride(0) + column, out, length);
       }
     }
   });
 }
 
-using FactoredAdd = void(Tensor&, const Tensor&, const Tensor&, const Part*, int64_t,
-                         const int64_t*);
-
-FactoredAdd* factored_add_for(at::ScalarType dtype) {
-  if (dtype == at::kFloat) return factored_add<float, FactoredVectors<float>>;
-  TORCH_CHECK(dtype == at::kBFloat16, "expected float32 or bfloat16, got ", dtype);
-#ifdef __AMX_BF16__
-  if (tiles_allowed()) return factored_add<BFloat16, FactoredTiles>;
-#endif
-  return factored_add<BFloat16, FactoredVectors<BFloat16>>;
-}
-
 void factored_add_(Tensor& y, const Tensor& x, const Tensor& leaves, const Tensor& parts,
-                   const Tensor& entries) {
+                   const Tensor& places) {
   const auto dtype = leaves.scalar_type();
   TORCH_CHECK(x.stride(1) == 1 && y.stride(1) == 1 && leaves.is_contiguous() &&
               parts.is_contiguous() && parts.size(1) * sizeof(int64_t) == sizeof(Part),
@@ -225,13 +209,15 @@ void factored_add_(Tensor& y, const Tensor& x, const Tensor& leaves, const Tenso
               "expected inputs and outputs in the leaves' dtype ", dtype, ", got ",
               x.scalar_type(), " and ", y.scalar_type());
   const Part* part = reinterpret_cast<const Part*>(parts.const_data_ptr<int64_t>());
-  factored_add_for(dtype)(y, x, leaves, part, parts.size(0), entries.const_data_ptr<int64_t>());
+  with_products<FactoredVectors, FactoredTiles>(dtype, [&]<typename Value, typename Sides>() {
+    factored_add<Value, Sides>(y, x, leaves, part, parts.size(0), places.const_data_ptr<int64_t>());
+  });
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(polyrex, library) {
   library.def(
-      "factored_add_(Tensor(a!) y, Tensor x, Tensor leaves, Tensor parts, Tensor entries) -> ()",
+      "factored_add_(Tensor(a!) y, Tensor x, Tensor leaves, Tensor parts, Tensor places) -> ()",
       &factored_add_);
 }

@@ -1,5 +1,5 @@
-// The CPU path of adapters that are sums of Kronecker products; the contract is in
-// kernels/kronecker.py, the twin in adapters/tensorpoly_x.py.
+// The CPU path of adapters that are sums of Kronecker products. kernels/kronecker.py documents the
+// operator; its twin is adapters/methods/tensorpoly_x.py.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -18,13 +18,14 @@ using at::Tensor;
 
 // A row of `parts`: one module of a layer, `sum_e first_e (x) second_e`.
 struct Part {
-  int64_t start;   // where its factors lie in a task's row
+  int64_t start;   // where its factors begin in a task's row
   int64_t column;  // where its outputs begin
   int64_t length;  // how many there are
-  int64_t bonds;   // the terms of the sum
+  int64_t bonds;   // how many terms the sum has
   int64_t p, p_out, q, q_out;
 
-  // A term's columns of `between`, and all of them; columns of X and of second, in whole vectors.
+  // The columns of one term in `between`, and of all terms; then those of X and of second, padded
+  // to whole vectors.
   int64_t each() const { return rounded(q, 2); }
   int64_t depth() const { return rounded(bonds * each(), 32); }
   int64_t width() const { return rounded(q, LANES); }
@@ -42,8 +43,8 @@ struct Factors {
 };
 
 // out [rows, columns] = a [rows, depth] w [depth, columns], with a depth that is a multiple of 32.
-// Of bfloat16, the rows of w lie in twos. The columns of out are rounded up to whole vectors, and
-// go over the beginning of the next row, which is written later.
+// The rows of a bfloat16 w are interleaved in pairs. A row of out is written in whole vectors, past
+// its end: the next row is written later.
 template <typename Value>
 struct VectorProduct {
   void operator()(const Value* a, int64_t rows, int64_t depth, const Value* w, int64_t columns,
@@ -63,19 +64,15 @@ struct VectorProduct {
   }
 };
 
+struct TileProduct;
+
 #ifdef __AMX_BF16__
-// The same in tiles: one token's rows are enough to fill them. a is read 16 rows at a time.
-struct TileProduct {
+// The same in tiles, which the rows of one token fill. a is read 16 rows at a time.
+struct TileProduct : Tiles {
   TileProduct() {
-    struct {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } tiles;
-    _tile_loadconfig(&tiles);
+    configure({.bytes = {64, 64, 64, 64, 64, 64, 64, 64},
+               .rows = {16, 16, 16, 16, 16, 16, 16, 16}});
   }
-  TileProduct(const TileProduct&) = delete;
-  ~TileProduct() { _tile_release(); }
 
   void operator()(const BFloat16* a, int64_t rows, int64_t depth, const BFloat16* w,
                   int64_t columns, float* out, int64_t out_row) const {
@@ -114,7 +111,7 @@ struct TileProduct {
 };
 #endif
 
-// X = x in rows of q, as a product's right side; `x` holds zeros beyond its end.
+// Writes X = x in rows of q as the right side of a product; x is followed by zeros.
 void lay_out(const float* x, const Part& part, float* to) {
   for (int64_t row = 0; row < rounded(part.p, 32); ++row)
     copy_row(to + row * part.width(), part.width(), x + row * part.q, row < part.p ? part.q : 0);
@@ -133,12 +130,12 @@ template <typename Value, typename Product>
 class KroneckerAdd {
  public:
   KroneckerAdd(Tensor& y, const Tensor& x, const Tensor& states, const Tensor& parts,
-               const int64_t* entry)
+               const int64_t* place)
       : y(y.data_ptr<Value>()), y_stride(y.stride(0)), x(x.const_data_ptr<Value>()),
         x_stride(x.stride(0)), tokens(x.size(0)), d_in(x.size(1)),
         states(states.const_data_ptr<Value>()), size(states.size(1)),
         parts(reinterpret_cast<const Part*>(parts.const_data_ptr<int64_t>())),
-        modules(parts.size(0)), entry(entry) {
+        modules(parts.size(0)), place(place) {
     for (int64_t m = 0; m < modules; ++m) {
       const Part& part = this->parts[m];
       TORCH_CHECK(part.p == this->parts[0].p && part.q == this->parts[0].q,
@@ -154,20 +151,20 @@ class KroneckerAdd {
   void run() {
     at::parallel_for(0, tokens, 1, [&](int64_t from, int64_t to) {
       const Product product;
-      Value* grids = room<GRID, Value>(TOGETHER * most_grid);
-      Value* between = room<HIDDEN, Value>(TOGETHER * most_between);
+      Value* grids = scratch<GRID, Value>(TOGETHER * most_grid);
+      Value* between = scratch<HIDDEN, Value>(TOGETHER * most_between);
       for (int64_t begin = from; begin < to; begin += TOGETHER) {
         const int64_t end = std::min(begin + TOGETHER, to);
         for (int64_t m = 0; m < modules; ++m) {
           for (int64_t t = begin; t < end; ++t) {
-            if (entry[t] < 0) continue;
+            if (place[t] < 0) continue;
             Value* grid = grids + (t - begin) * most_grid;
             if (m == 0) read(t, grid);
             contract(product, t, parts[m], grid, between + (t - begin) * most_between);
           }
           for (int64_t t = begin; t < end; ++t)
-            if (entry[t] >= 0) expand(product, t, parts[m], between + (t - begin) * most_between);
-          // Tasks' factors lie far apart: ask for what the next tokens read.
+            if (place[t] >= 0) expand(product, t, parts[m], between + (t - begin) * most_between);
+          // The factors of tasks are far apart: prefetch those of the next tokens.
           for (int64_t t = begin; t < end && t + TOGETHER < to; ++t) fetch(t, parts[m]);
         }
       }
@@ -175,28 +172,28 @@ class KroneckerAdd {
   }
 
  private:
-  // So many tokens that what one product has stored is in the cache when the other reads it.
+  // Few enough tokens that the second product finds the results of the first in the cache.
   static constexpr int64_t TOGETHER = 4;
 
   Factors<Value> factors(int64_t token, const Part& part) const {
-    return Factors<Value>(states + entry[token] * size + part.start, part);
+    return Factors<Value>(states + place[token] * size + part.start, part);
   }
 
-  // X, which is the same for all modules of a layer: p and q follow from the input's size.
+  // Writes X, which all modules of a layer share: p and q follow from the size of the input.
   void read(int64_t token, Value* grid) const {
-    Value* in = room<INPUTS, Value>(most_in);
+    Value* in = scratch<INPUTS, Value>(most_in);
     copy_row(in, most_in, x + token * x_stride, d_in);
     lay_out(in, parts[0], grid);
   }
 
-  // between_je = first_je X, in bfloat16 where the model is.
+  // between_je = first_je X, in the dtype of the model.
   void contract(const Product& product, int64_t token, const Part& part, const Value* grid,
                 Value* between) const {
     const Value* first = factors(token, part).first;
     const int64_t rows = part.p_out * part.bonds, depth = rounded(part.p, 32);
     const int64_t width = part.width(), gap = part.depth() - part.bonds * part.each();
     if (gap) std::fill_n(between, part.p_out * part.depth(), Value(0));
-    float* sums = room<MIXED, float>(most_sums);
+    float* sums = scratch<MIXED, float>(most_sums);
     Value* to = between;
     for (int64_t row = 0, term = 0; row < rows; row += 32) {
       const int64_t here = std::min<int64_t>(32, rows - row);
@@ -210,7 +207,7 @@ class KroneckerAdd {
   }
 
   void expand(const Product& product, int64_t token, const Part& part, const Value* between) const {
-    float* out = room<OUTPUTS, float>(most_out);
+    float* out = scratch<OUTPUTS, float>(most_out);
     const Value* second = factors(token, part).second;
     product(between, part.p_out, part.depth(), second, part.q_out, out, part.q_out);
     add_row(y + token * y_stride + part.column, out, part.length);
@@ -218,7 +215,7 @@ class KroneckerAdd {
 
   void fetch(int64_t token, const Part& part) const {
     const int64_t next = token + TOGETHER;
-    if (entry[next] < 0 || entry[next] == entry[token]) return;
+    if (place[next] < 0 || place[next] == place[token]) return;
     const Factors<Value> own = factors(next, part);
     for (const Value* at = own.first; at < own.end; at += 64 / sizeof(Value))
       __builtin_prefetch(at);
@@ -232,12 +229,12 @@ class KroneckerAdd {
   const int64_t size;
   const Part* const parts;
   const int64_t modules;
-  const int64_t* const entry;
+  const int64_t* const place;
   int64_t most_in = 0, most_grid = 0, most_sums = 0, most_between = 0, most_out = 0;
 };
 
 void kronecker_add_(Tensor& y, const Tensor& x, const Tensor& states, const Tensor& parts,
-                    const Tensor& entries) {
+                    const Tensor& places) {
   const auto dtype = states.scalar_type();
   TORCH_CHECK(x.stride(1) == 1 && y.stride(1) == 1 && states.is_contiguous() &&
               parts.is_contiguous() && parts.size(1) * sizeof(int64_t) == sizeof(Part),
@@ -245,21 +242,15 @@ void kronecker_add_(Tensor& y, const Tensor& x, const Tensor& states, const Tens
   TORCH_CHECK(x.scalar_type() == dtype && y.scalar_type() == dtype,
               "expected inputs and outputs in the factors' dtype ", dtype, ", got ",
               x.scalar_type(), " and ", y.scalar_type());
-  auto add = [&]<typename Value, typename Product>() {
-    KroneckerAdd<Value, Product>(y, x, states, parts, entries.const_data_ptr<int64_t>()).run();
-  };
-  if (dtype == at::kFloat) return add.template operator()<float, VectorProduct<float>>();
-  TORCH_CHECK(dtype == at::kBFloat16, "expected float32 or bfloat16, got ", dtype);
-#ifdef __AMX_BF16__
-  if (tiles_allowed()) return add.template operator()<BFloat16, TileProduct>();
-#endif
-  add.template operator()<BFloat16, VectorProduct<BFloat16>>();
+  with_products<VectorProduct, TileProduct>(dtype, [&]<typename Value, typename Product>() {
+    KroneckerAdd<Value, Product>(y, x, states, parts, places.const_data_ptr<int64_t>()).run();
+  });
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(polyrex, library) {
   library.def(
-      "kronecker_add_(Tensor(a!) y, Tensor x, Tensor states, Tensor parts, Tensor entries) -> ()",
+      "kronecker_add_(Tensor(a!) y, Tensor x, Tensor states, Tensor parts, Tensor places) -> ()",
       &kronecker_add_);
 }

@@ -1,4 +1,4 @@
-// The matrices of a layer as the operators know them, and what happens between its two sides.
+// The matrices of a layer as the operators take them, and the routing between its two sides.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,13 +14,13 @@ namespace polyrex {
 
 using at::Tensor;
 
-// A row of `parts`: one matrix of a side, and what it is for.
+// A row of `parts`: one matrix of a side, and its place in the layer.
 struct Part {
   int64_t begin;   // where its inputs, or outputs, begin
   int64_t length;  // how many there are
-  int64_t hidden;  // where its h lies among those of all
-  int64_t offset;  // where its routing weights begin in a row; below 0: it has none
-  int64_t start;   // where it lies in the side's values
+  int64_t hidden;  // where its h begins in that of the layer
+  int64_t offset;  // where its routing weights begin in a row; negative if it has none
+  int64_t start;   // where it begins in the side's values
   int64_t panels, depth;
 };
 
@@ -50,17 +50,19 @@ struct Routing {
         size(weights.numel() / std::max<int64_t>(weights.size(0), 1)) {
     TORCH_CHECK(weights.is_contiguous() && rows.is_contiguous(), "expected contiguous routing");
   }
-  const float* of(int64_t token, int64_t offset) const { return weights + rows[token] * size + offset; }
-  // Asks for `count` weights that are read soon: a token's lie far from the next one's.
+  const float* of(int64_t token, int64_t offset) const {
+    return weights + rows[token] * size + offset;
+  }
+  // Prefetches `count` weights: the rows of consecutive tokens are far apart in memory.
   void fetch(int64_t token, int64_t offset, int64_t count) const {
     for (int64_t k = 0; k < count; k += LANES) __builtin_prefetch(of(token, offset) + k);
   }
 };
 
-// What happens between the two sides: from h_t, `reads` floats, to what a matrix of the B side is
-// applied to, `part.depth` floats.
+// A mixer turns a token's h_t, `reads` floats, into the input of a matrix of the B side,
+// `part.depth` floats.
 
-// w_te h_t, expert slowest; the same weights are in the sum on the A side.
+// w_te h_t, expert slowest. The A side is summed with the same weights.
 struct MixExperts {
   Routing routing;
   int64_t experts;
@@ -78,7 +80,7 @@ struct MixExperts {
   }
 };
 
-// mixed = G^T h, with G [inner, outer]; `depth`, whole vectors, is how many floats it writes.
+// mixed = G^T h, with G [inner, outer], padded with zeros to `depth`, a number of whole vectors.
 inline void mix_pairs(const float* h, const float* g, int64_t inner, int64_t outer, float* mixed,
                       int64_t depth) {
   int64_t j = 0;
@@ -92,7 +94,7 @@ inline void mix_pairs(const float* h, const float* g, int64_t inner, int64_t out
     for (int64_t k = j; k < outer; ++k) mixed[k] += h[i] * g[i * outer + k];
 }
 
-// G_t^T h_t, with G_t [inner, outer] the token's weights.
+// G_t^T h_t, where the token's weights are G_t [inner, outer].
 struct MixPairs {
   Routing routing;
   int64_t inner, outer;
@@ -107,23 +109,25 @@ struct MixPairs {
   }
 };
 
-// The same with gates that the token itself chose: the softmax of the logits that follow h_t, times
-// `scales[0]` and the switch in front of the token's weights, plus `scales[1]` times those weights.
-// Where `outer` is 0, h_tk has gate k mod `gates`, else every pair has its own.
+// The same with gates that the token itself chooses: the softmax of the logits that follow h_t,
+// times `scales[0]` and the switch in front of the token's weights, plus `scales[1]` times those
+// weights. If `outer` is 0, h_tk has gate k mod `gates`; otherwise every pair has its own gate.
 struct MixByToken {
   Routing routing;
-  int64_t inner, outer, gates, most;  // `most` gates are kept, the largest
+  int64_t inner, outer, gates, most;  // the `most` largest gates are kept
   const float* scales;                // [P, 2]
   static constexpr int64_t experts = 1;
 
   int64_t hidden() const { return rounded(inner, LANES); }
   int64_t reads(const Part&) const { return hidden() + rounded(gates, LANES); }
-  void fetch(int64_t token, const Part& part) const { routing.fetch(token, part.offset, 1 + gates); }
+  void fetch(int64_t token, const Part& part) const {
+    routing.fetch(token, part.offset, 1 + gates);
+  }
   void operator()(const float* h, int64_t token, const Part& part, int64_t number,
                   float* mixed) const {
     const float* row = routing.of(token, part.offset);
     const float by_token = scales[2 * number] * row[0], by_task = scales[2 * number + 1];
-    float* g = room<GATES, float>(std::max(part.depth, rounded(gates, LANES)));
+    float* g = scratch<GATES, float>(std::max(part.depth, rounded(gates, LANES)));
     choose(h + hidden(), by_token, g);
     if (by_task)
       for (int64_t k = 0; k < gates; ++k) g[k] += by_task * row[1 + k];
@@ -132,18 +136,18 @@ struct MixByToken {
     for (int64_t k = 0; k < part.depth; k += LANES) store(mixed + k, load(g + k) * load(h + k));
   }
 
-  // g = scale * what is kept of softmax(logits); of equals, the first.
+  // g = scale * softmax(logits), 0 but for the `most` largest; among equals the first is kept.
   void choose(const float* logits, float scale, float* g) const {
     const int64_t size = rounded(gates, LANES);
-    float* powers = room<POWERS, float>(size);
+    float* powers = scratch<POWERS, float>(size);
     std::copy_n(logits, gates, powers);
     std::fill(powers + gates, powers + size, -INFINITY);
-    Floats most_of_all = load(powers);
+    Floats highest = load(powers);
     for (int64_t k = LANES; k < size; k += LANES) {
       const Floats other = load(powers + k);
-      most_of_all = other > most_of_all ? other : most_of_all;
+      highest = other > highest ? other : highest;
     }
-    const float shift = largest(most_of_all);
+    const float shift = largest(highest);
     Floats sums = {};
     for (int64_t k = 0; k < size; k += LANES) {
       const Floats power = exp_of(load(powers + k) - shift);
@@ -153,7 +157,7 @@ struct MixByToken {
     const float factor = scale / sum(sums);
     for (int64_t k = 0; k < size; k += LANES) {
       const Floats own = load(powers + k);
-      Integers before = {};  // how many are larger
+      Integers before = {};  // how many gates are larger
       if (most < gates)
         for (int32_t j = 0; j < gates; ++j)
           before -= (powers[j] > own) | ((powers[j] == own) & (NUMBERS + int32_t(k) > j));

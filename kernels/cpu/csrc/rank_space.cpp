@@ -1,12 +1,12 @@
-// The CPU path of the routed low-rank product; the contract of each operator is in
-// kernels/rank_space_layer.py, the twin in kernels/rank_space.py.
+// The CPU path of the routed low-rank product. kernels/cpu/rank_space.py documents the operators;
+// their twin is kernels/rank_space.py.
 //
 // Matrices [depth, columns] are packed in panels of 16 columns: [panels, depth, 16] in float32,
 // [panels, depth / 2, 16, 2] in bfloat16, which is what AMX tiles and bf16 dot products read. An
 // expert's rank is padded to whole panels, so that its part of a matrix is contiguous.
 //
-// All of a layer is one parallel region. Few tokens: threads share the panels of both sides, and
-// wait for each other once, between them. Many tokens: each thread takes some of them.
+// A layer is one parallel region. With few tokens, threads share the panels of both sides, and wait
+// for each other once, between the sides. With many tokens, each thread takes some of them.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -28,13 +28,13 @@ namespace {
 using namespace polyrex;
 using at::Tensor;
 
-// From so many tokens a thread is better off with tokens of its own, so many at a time.
+// From this many tokens on, each thread has tokens of its own, and takes this many at a time.
 constexpr int64_t OWN_TOKENS = 128;
-// So many values of the B side meet all tokens before the next do: they stay in the L2 cache.
+// This many values of the B side, which stay in the L2 cache, meet all tokens before the next do.
 constexpr int64_t CACHED_VALUES = 256 << 10;
 
-// The pieces of a part are summed in so many sums, which are then added: always in this order, so
-// that a token's result depends neither on the batch nor on how many threads share the work.
+// The pieces of a part go to this many sums, which are then added, always in the same order: a
+// token's result depends neither on the batch nor on the number of threads.
 constexpr int64_t SUMS = 4;
 
 // Some consecutive panels of one part.
@@ -42,22 +42,22 @@ struct Piece {
   int64_t part, panel, panels;
 };
 
-// Pieces of one part that are one thread's work, for every token, and which sum they go to.
+// Consecutive pieces of one part, which one thread multiplies with every token, and their sum.
 struct Share {
   int64_t first, last, sum;
 };
 
-// Where a thread's share of `count` things begins, and with `member + 1` ends.
+// Where a thread's share of `count` things begins; it ends where that of `member + 1` begins.
 int64_t share(int64_t count, int64_t member, int64_t members) { return count * member / members; }
 
-// The sums of h for some consecutive tokens, [sums, tokens, size], zeros at first.
+// The sums of h for some consecutive tokens, [sums, tokens, size], initially 0.
 struct Hidden {
   int64_t first, tokens, sums, size;
   float* values;
 
   Hidden(int64_t first, int64_t tokens, int64_t sums, int64_t size)
       : first(first), tokens(tokens), sums(sums), size(size),
-        values(room<HIDDEN, float>(sums * tokens * size)) {
+        values(scratch<HIDDEN, float>(sums * tokens * size)) {
     std::fill_n(values, sums * tokens * size, 0.f);
   }
   float* of(int64_t sum, int64_t token) const {
@@ -80,7 +80,7 @@ class AddToRows {
     for (int64_t first = 0, last; first < count(a_pieces); first = last) {
       const int64_t part = a_pieces[first].part;
       for (last = first; last < count(a_pieces) && a_pieces[last].part == part;) ++last;
-      // Parts that share an h have sums of their own.
+      // Parts that add to the same h have separate sums.
       int64_t sum = 0;
       for (int64_t p = 0; p < part; ++p)
         if (this->a_parts[p].hidden == this->a_parts[part].hidden) sum += SUMS;
@@ -94,20 +94,20 @@ class AddToRows {
 
   void run() {
     const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-    std::optional<Hidden> together;
-    if (tokens < threads * OWN_TOKENS) together.emplace(0, tokens, sums, hidden_size);
+    std::optional<Hidden> all;
+    if (tokens < threads * OWN_TOKENS) all.emplace(0, tokens, sums, hidden_size);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-      const int64_t there = omp_get_num_threads(), thread = omp_get_thread_num();
-      const int64_t groups = std::clamp<int64_t>(tokens / OWN_TOKENS, 1, there);
-      const int64_t members = there / groups, group = thread / members, member = thread % members;
+      const int64_t team = omp_get_num_threads(), thread = omp_get_thread_num();
+      const int64_t groups = std::clamp<int64_t>(tokens / OWN_TOKENS, 1, team);
+      const int64_t members = team / groups, group = thread / members, member = thread % members;
       const int64_t blocks = (tokens + Block::ROWS - 1) / Block::ROWS;
       const int64_t begin = share(blocks, group, groups) * Block::ROWS;
       const int64_t end = std::min(share(blocks, group + 1, groups) * Block::ROWS, tokens);
-      if (together) {
-        if (group < groups) shrink(begin, end, member, members, *together);
+      if (all) {
+        if (group < groups) shrink(begin, end, member, members, *all);
 #pragma omp barrier
-        if (group < groups) expand(begin, end, member, members, *together);
+        if (group < groups) expand(begin, end, member, members, *all);
       } else {
         for (int64_t t = begin, until; t < end; t = until) {
           until = std::min(t + OWN_TOKENS, end);
@@ -121,7 +121,7 @@ class AddToRows {
 
  private:
   static int64_t count(const Pieces& pieces) { return pieces.size(); }
-  // Two panels at a time.
+  // All panels of a side, two at a time.
   static Pieces pieces(const Parts& parts) {
     Pieces found;
     for (int64_t p = 0; p < parts.count; ++p)
@@ -133,7 +133,7 @@ class AddToRows {
     return side + part.start + number * part.depth * LANES;
   }
 
-  // h_t = sum_e w_te (A_e x_t), this member's shares of the sum.
+  // h_t = sum_e w_te (A_e x_t): this member's shares of the sum.
   void shrink(int64_t begin, int64_t end, int64_t member, int64_t members, const Hidden& hidden) {
     const int64_t first = share(shares.size(), member, members);
     const int64_t last = share(shares.size(), member + 1, members);
@@ -147,7 +147,7 @@ class AddToRows {
         const Part& part = a_parts[a_pieces[shares[own].first].part];
         Block block(part.depth);
         if (!before || before->begin != part.begin || before->length != part.length) {
-          packed = room<INPUTS, Input>(n * part.depth);
+          packed = scratch<INPUTS, Input>(n * part.depth);
           for (int64_t i = 0; i < n; ++i)
             block.pack(packed, n, i, x + (t + i) * x_stride + part.begin, part.length);
         }
@@ -165,7 +165,7 @@ class AddToRows {
     }
   }
 
-  // Adds a token's part of a product with a piece of the A side to its h.
+  // Adds one token's product with a piece of the A side to its h.
   void gather(const Part& part, const Piece& piece, int64_t token, float* h,
               const float* out) const {
     const int64_t each = part.panels / mix.experts;  // panels of one expert
@@ -178,7 +178,7 @@ class AddToRows {
     }
   }
 
-  // y_t += B mix(h_t), this member's columns.
+  // y_t += B mix(h_t): this member's columns.
   void expand(int64_t begin, int64_t end, int64_t member, int64_t members, const Hidden& hidden) {
     const int64_t last = share(b_pieces.size(), member + 1, members);
     alignas(64) float out[Block::ROWS * 2 * LANES];
@@ -196,7 +196,7 @@ class AddToRows {
           const Piece& piece = b_pieces[p];
           const Piece& next = b_pieces[p + 1 < last ? p + 1 : first];
           const Part& after = b_parts[next.part];
-          // The rows of y lie far apart: nothing else would ask for what the next piece adds to.
+          // The rows of y are far apart: no hardware prefetches where the next piece is added.
           for (int64_t i = 0; i < n; ++i)
             __builtin_prefetch(y + (t + i) * y_stride + after.begin + next.panel * LANES);
           block(packed, n, panel(b, part, piece.panel), piece.panels, panel(b, after, next.panel),
@@ -211,13 +211,13 @@ class AddToRows {
     }
   }
 
-  // What a matrix of the B side is applied to.
+  // The packed inputs of a matrix of the B side, for n tokens.
   const Input* spread(const Block& block, int64_t first, int64_t n, int64_t number,
                       const Hidden& hidden) const {
     const Part& part = b_parts[number];
-    Input* packed = room<INPUTS, Input>(n * part.depth);
+    Input* packed = scratch<INPUTS, Input>(n * part.depth);
     const int64_t reads = mix.reads(part);
-    float* h = room<MIXED, float>(reads + part.depth);
+    float* h = scratch<MIXED, float>(reads + part.depth);
     float* mixed = h + reads;
     for (int64_t i = 0; i < n; ++i) {
       mix.fetch(first + std::min(i + 2, n - 1), part);
@@ -255,7 +255,7 @@ void add(Tensor& y, const Tensor& x, const Tensor& a, const Tensor& a_parts, con
               x.scalar_type(), " and ", y.scalar_type());
   TORCH_CHECK(y.stride(1) == 1 && x.stride(1) == 1, "expected rows without gaps");
   if (x.size(0) == 0) return;
-  with_block(dtype, [&]<typename Block, typename Weight>() {
+  with_products<VectorBlock, TileBlock>(dtype, [&]<typename Weight, typename Block>() {
     AddToRows<Block, Weight, Mix>(y, x, a, a_parts, b, b_parts, hidden_size, mix).run();
   });
 }
@@ -280,8 +280,8 @@ void add_by_token_(Tensor& y, const Tensor& x, const Tensor& a, const Tensor& a_
   add(y, x, a, a_parts, b, b_parts, hidden_size, mix);
 }
 
-// A side's values, every matrix the weighted sum of its experts: [groups, experts, size] -> [groups,
-// size]. On the A side an expert is whole panels, on the B side a stretch of every panel.
+// The values of a side whose matrices are weighted sums of their experts: [groups, experts, size]
+// -> [groups, size]. On the A side an expert is whole panels, on the B side a part of every panel.
 Tensor compose(const Tensor& side, const Tensor& parts, int64_t experts, bool in_panels,
                const Tensor& weights) {
   TORCH_CHECK(weights.is_contiguous(), "expected contiguous routing");

@@ -1,4 +1,4 @@
-// Scratch memory that a thread keeps from call to call: to allocate takes as long as a small product.
+// Scratch memory that a thread keeps between calls: an allocation takes as long as a small product.
 #pragma once
 
 #include <cstddef>
@@ -9,9 +9,9 @@ namespace polyrex {
 
 enum Use { INPUTS, GRID, HIDDEN, MIXED, GATES, POWERS, OUTPUTS };
 
-// The calling thread's room for `size` values; what it held before is still there.
+// The calling thread's memory for `size` values of one use. It still holds what was written before.
 template <Use USE, typename Value>
-Value* room(int64_t size) {
+Value* scratch(int64_t size) {
   struct alignas(64) Line {
     Value values[64 / sizeof(Value)];
   };

@@ -1,4 +1,4 @@
-// What the CPU operators share: 16 floats at a time, as the compiler maps them to the processor.
+// Vectors of 16 floats, which the compiler maps to the registers of the processor.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -30,7 +30,7 @@ inline Floats load(const float* at) { return *reinterpret_cast<const Floats*>(at
 inline void store(float* at, Floats value) { *reinterpret_cast<Floats*>(at) = value; }
 
 inline Floats load(const BFloat16* at) {
-#ifdef __AVX512F__  // compilers take several instructions for the conversion
+#ifdef __AVX512F__  // compilers convert in several instructions
   Words bits = (Words)_mm512_cvtepu16_epi32(*reinterpret_cast<const __m256i_u*>(at)) << 16;
 #else
   Words bits = __builtin_convertvector(*reinterpret_cast<const Halves*>(at), Words) << 16;
@@ -38,7 +38,7 @@ inline Floats load(const BFloat16* at) {
   return reinterpret_cast<Floats&>(bits);
 }
 
-// Rounded to bfloat16, to nearest, ties to even.
+// Rounds to bfloat16: to nearest, ties to even.
 inline Halves halves(Floats value) {
 #ifdef __AVX512BF16__
   return (Halves)_mm512_cvtneps_pbh(value);
@@ -52,7 +52,7 @@ inline Halves halves(Floats value) {
 
 inline void store(BFloat16* at, Floats value) { *reinterpret_cast<Halves*>(at) = halves(value); }
 
-// 16 columns of two rows, in twos.
+// Stores 16 columns of two rows, interleaved in pairs.
 inline void store_in_twos(BFloat16* at, Floats first, Floats second) {
 #ifdef __AVX512BF16__
   const Words both = (Words)_mm512_cvtne2ps_pbh(second, first);  // first is the lower half
@@ -72,7 +72,7 @@ inline void copy(BFloat16* to, const BFloat16* from) {
   *reinterpret_cast<Halves*>(to) = *reinterpret_cast<const Halves*>(from);
 }
 
-// Copies `size` values: the `length` there are, then zeros.
+// Writes `size` values: `length` from `from`, then zeros.
 template <typename Input, typename From>
 void copy_row(Input* to, int64_t size, const From* from, int64_t length) {
   const int64_t there = std::clamp<int64_t>(length, 0, size);
@@ -82,11 +82,11 @@ void copy_row(Input* to, int64_t size, const From* from, int64_t length) {
   std::fill(to + k, to + size, Input(0));
 }
 
-// So many rows of a matrix lie together: their values for a column are multiplied at once.
+// The number of rows of a matrix that are interleaved, so that a dot product takes them at once.
 template <typename Value>
 constexpr int64_t ROWS_TOGETHER = sizeof(float) / sizeof(Value);
 
-// sum + x^T rows, for 16 columns of the rows that lie together.
+// sum + x^T rows, for 16 columns of the interleaved rows.
 inline Floats dot(Floats sum, const float* rows, const float* x) { return sum + *x * load(rows); }
 inline Floats dot(Floats sum, const BFloat16* rows, const BFloat16* x) {
   const Words both = *reinterpret_cast<const Words*>(rows);
@@ -121,10 +121,10 @@ inline float sum(Floats values) {
 #endif
 }
 
-// exp(x) for x up to 0, within 2e-7 of it, relatively.
+// exp(x) for x up to 0, with a relative error below 2e-7.
 inline Floats exp_of(Floats x) {
   constexpr float LOG2_E = 1.44269504f, LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;
-  x = x > -87.f ? x : Floats{} - 87.f;  // below it, the result has no exponent
+  x = x > -87.f ? x : Floats{} - 87.f;  // below that, the result is no normal float
   const Integers power = __builtin_convertvector(x * LOG2_E - 0.5f, Integers);  // to nearest
   const Floats whole = __builtin_convertvector(power, Floats);
   const Floats r = x - whole * LN2_HIGH - whole * LN2_LOW;

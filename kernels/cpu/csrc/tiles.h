@@ -15,8 +15,8 @@
 
 namespace polyrex {
 
-// sum [rows][panels] = x [rows, depth] @ one or two panels of a packed matrix, `size` elements each.
-// Inputs are float32 here, whatever the weights are.
+// sum [rows][panels] = x [rows, depth] @ one or two panels of a packed matrix, of `size` elements.
+// The inputs are float32, whatever the weights are.
 #ifdef __AVX512F__
 constexpr int VECTOR_ROWS = 12;  // 24 accumulators in 32 registers
 #else
@@ -24,7 +24,8 @@ constexpr int VECTOR_ROWS = 4;
 #endif
 
 template <int ROWS, int PANELS>
-void multiply(const float* const* x, const float* w, int64_t size, int64_t depth, Floats (*sum)[2]) {
+void multiply(
+    const float* const* x, const float* w, int64_t size, int64_t depth, Floats (*sum)[2]) {
   Floats part[ROWS][PANELS] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Floats columns[PANELS];
@@ -59,8 +60,8 @@ void multiply(
     for (int p = 0; p < PANELS; ++p) sum[row][p] = part[row][p];
 }
 
-// A block kernel multiplies up to ROWS rows of `depth` inputs with one or two panels. Its inputs are
-// packed once for all panels, row by row, with zeros up to a depth that is a multiple of 16.
+// A block multiplies up to ROWS rows of `depth` inputs with one or two panels. Its inputs are
+// packed once for all panels, row by row, and padded with zeros to a multiple of 16.
 template <typename Weight>
 struct VectorBlock {
   using Input = float;
@@ -92,24 +93,41 @@ struct VectorBlock {
   }
 };
 
+struct TileBlock;
+
 #ifdef __AMX_BF16__
-// The kernel lets a process use the tiles only after it has asked.
+// Linux lets a process use the tiles only after a request.
 inline bool tiles_allowed() {
   constexpr int REQUEST = 0x1023, TILE_DATA = 18;
   static const bool allowed = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
   return allowed;
 }
 
-struct TileBlock {
+// The processor's eight tiles, which are released at the end.
+class Tiles {
+ public:
+  Tiles() = default;
+  Tiles(const Tiles&) = delete;
+  ~Tiles() { _tile_release(); }
+
+  // The processor's layout of a configuration: the rows of each tile, and the bytes in a row.
+  struct Shapes {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+  };
+  static void configure(const Shapes& shapes) { _tile_loadconfig(&shapes); }
+};
+
+struct TileBlock : Tiles {
   using Input = BFloat16;
   static constexpr int64_t ROWS = 32;
   const int64_t depth;
 
-  // Tiles hold 32 of the depth, or 16 where it is an odd multiple of 16.
+  // A tile holds 32 of the depth, or 16 if the depth is an odd multiple of 16.
   explicit TileBlock(int64_t depth) : depth(depth), step(depth % 32 == 0 ? 32 : 16) {}
-  ~TileBlock() { _tile_release(); }
 
-  // A tile's rows lie one after the other.
+  // The rows of a tile are contiguous.
   template <typename From>
   void pack(Input* packed, int64_t rows, int64_t row, const From* from, int64_t length) const {
     for (int64_t k = 0; k < depth; k += step)
@@ -118,7 +136,7 @@ struct TileBlock {
 
   void operator()(const BFloat16* packed, int64_t rows, const BFloat16* w, int64_t panels,
                   const BFloat16* next, float* out) {
-    configure(rows);
+    shape(rows);
     const bool two = rows > 16;
     const int64_t size = depth * LANES;
     _tile_zero(0);
@@ -154,37 +172,34 @@ struct TileBlock {
   }
 
  private:
-  void configure(int64_t rows) {
-    if (rows == configured) return;
-    configured = rows;
-    struct {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t bytes[16] = {};
-      uint8_t rows[16] = {};
-    } tiles;
+  void shape(int64_t rows) {
+    if (rows == shaped) return;
+    shaped = rows;
+    Shapes tiles;
     const int64_t upper = std::min<int64_t>(rows, 16), lower = std::max<int64_t>(rows - 16, 1);
     for (int tile = 0; tile < 8; ++tile) {
       const bool of_x = tile == 4 || tile == 5, of_w = tile > 5;
       tiles.bytes[tile] = of_x ? step * 2 : 64;
       tiles.rows[tile] = of_w ? step / 2 : (tile == 2 || tile == 3 || tile == 5) ? lower : upper;
     }
-    _tile_loadconfig(&tiles);
+    configure(tiles);
   }
 
   const int64_t step;
-  int64_t configured = 0;
+  int64_t shaped = 0;
 };
 #endif
 
-// Calls `work` with the block kernel for the weights' dtype, which this processor has.
-template <typename Work>
-void with_block(at::ScalarType dtype, Work work) {
-  if (dtype == at::kFloat) return work.template operator()<VectorBlock<float>, float>();
+// Calls `work` with the type of the weights, and with the products that are the best for it on this
+// processor: `InTiles` for bfloat16 with AMX, `InVectors` otherwise.
+template <template <typename> typename InVectors, typename InTiles, typename Work>
+void with_products(at::ScalarType dtype, Work work) {
+  if (dtype == at::kFloat) return work.template operator()<float, InVectors<float>>();
   TORCH_CHECK(dtype == at::kBFloat16, "expected float32 or bfloat16, got ", dtype);
 #ifdef __AMX_BF16__
-  if (tiles_allowed()) return work.template operator()<TileBlock, BFloat16>();
+  if (tiles_allowed()) return work.template operator()<BFloat16, InTiles>();
 #endif
-  work.template operator()<VectorBlock<BFloat16>, BFloat16>();
+  work.template operator()<BFloat16, InVectors<BFloat16>>();
 }
 
 }  // namespace polyrex

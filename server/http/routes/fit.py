@@ -1,33 +1,44 @@
-"""From a few rows to a live task: fitting over HTTP."""
+"""Fitting over HTTP: from a few rows to a live task."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import AsyncGenerator
+from contextlib import ExitStack, aclosing
 
 from fastapi import APIRouter
 from starlette.responses import Response
 
 from polyrex.adapters.errors import InvalidTaskName
 from polyrex.adapters.files.registry import TASK_NAME
-from polyrex.server.errors import InvalidRequest
-from polyrex.server.http.context import ServicesDep
+from polyrex.adapters.files.task import TaskInfo
+from polyrex.server.http.context import Context
+from polyrex.server.http.responses import Json, task_shape
 from polyrex.server.http.streaming import EventStream
 from polyrex.server.requests.bodies import FitRequest
+from polyrex.server.requests.fitting import Event
 
 router = APIRouter(prefix="/v1/tasks")
 
 
 @router.post("/{name}/fit")
-async def fit(name: str, body: FitRequest, services: ServicesDep) -> Response:
-    """Fit a router to rows and register it where it beats the base model; streams events.
+async def fit(name: str, body: FitRequest, context: Context) -> Response:
+    """Fit a router to rows, and register it if it beats the base model; streams events.
 
-    A client that goes away ends the fit.
+    A client that disconnects ends the fit.
     """
-    services.readiness.check()
-    if name == services.config.model:
-        raise InvalidRequest(f"{name!r} is the base model's name", "name")
+    context.readiness.check()
+    context.check_name(name)
     if not TASK_NAME.fullmatch(name):
         raise InvalidTaskName(f"a task name matches {TASK_NAME.pattern}, got {name!r:.80}")
     with ExitStack() as admitted:
-        admitted.enter_context(services.fitter.admit(name, body))
-        return EventStream(services.fitter.fit(name, body), {}, admitted.pop_all())
+        admitted.enter_context(context.fitter.admit(name, body))
+        return EventStream(_shown(context.fitter.fit(name, body)), {}, admitted.pop_all())
+
+
+async def _shown(events: AsyncGenerator[Event | TaskInfo, None]) -> AsyncGenerator[Json, None]:
+    async with aclosing(events):
+        async for event in events:
+            if isinstance(event, TaskInfo):
+                yield {"event": "registered", "task": task_shape(event)}
+            else:
+                yield event

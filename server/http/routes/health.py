@@ -1,34 +1,50 @@
-"""For the operator: is the process alive, is it ready, what is it doing."""
+"""Routes for operators: what the server is, whether it is alive and ready, what it is doing."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
-from polyrex.server.http.context import ServicesDep
+from polyrex.server.http.context import Context
 
 router = APIRouter()
 
 
+@router.get("/")
+async def index(request: Request) -> Response:
+    """Show the server's name and version, and where to go from here."""
+    return JSONResponse(
+        {
+            "name": "polyrex",
+            "version": request.app.version,
+            "docs": "/docs",
+            "tasks": "/v1/tasks",
+            "models": "/v1/models",
+            "metrics": "/metrics",
+            "health": "/readyz",
+        }
+    )
+
+
 @router.get("/livez")
-async def livez(services: ServicesDep) -> Response:
-    """503 when only a restart helps: the engine failed to start, or is down. Else 200."""
-    if services.readiness.settled.is_set():
-        services.readiness.check()
-        services.engine.check()
+async def livez(context: Context) -> Response:
+    """503 where only a restart helps: the engine failed to start, or is down. Else 200."""
+    if context.readiness.settled.is_set():
+        context.readiness.check()
+        context.engine.check()
     return JSONResponse({"status": "alive"})
 
 
 @router.get("/readyz")
-async def readyz(services: ServicesDep) -> Response:
-    """503 until the engine has been started and warmed up, and when it is down. Else 200."""
-    services.readiness.check()
-    services.engine.check()
+async def readyz(context: Context) -> Response:
+    """503 until the engine has started and warmed up, and while it is down. Else 200."""
+    context.readiness.check()
+    context.engine.check()
     return JSONResponse({"status": "ready"})
 
 
 @router.get("/metrics")
-async def metrics(services: ServicesDep) -> Response:
+async def metrics(context: Context) -> Response:
     """Metrics in Prometheus' text format."""
-    return Response(services.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+    return Response(context.metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -1,4 +1,4 @@
-"""Tasks: register, list, read, replace and drop them while requests run."""
+"""Registers, lists, shows, replaces and drops tasks while requests run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from fastapi import APIRouter, Query, Request
 from pydantic import ValidationError
 from starlette.responses import JSONResponse, Response
 
-from polyrex.server.errors import InvalidRequest, UnsupportedBody, invalid_fields
-from polyrex.server.http.context import Services, ServicesDep
-from polyrex.server.http.task_shape import task_shape
+from polyrex.server.errors import InvalidRequest, UnsupportedBody
+from polyrex.server.http.context import AppContext, Context
+from polyrex.server.http.error_handlers import invalid_fields
+from polyrex.server.http.responses import task_shape
 from polyrex.server.requests.bodies import NewTask, RouterBody
 
 router = APIRouter(prefix="/v1/tasks")
@@ -21,76 +22,79 @@ router = APIRouter(prefix="/v1/tasks")
 Body = TypeVar("Body", NewTask, RouterBody)
 
 MOST_TASKS = 1000
-"""Tasks on a page of GET /v1/tasks."""
+"""The most tasks on a page of GET /v1/tasks."""
 
 
 @router.post("")
 async def register(
     request: Request,
-    services: ServicesDep,
-    name: Annotated[str | None, Query(description="with a safetensors body: the task")] = None,
+    context: Context,
+    name: Annotated[
+        str | None, Query(description="the task's name, where the body is a safetensors file")
+    ] = None,
 ) -> Response:
-    """Register a new task: JSON (NewTask), or a router file as application/octet-stream.
+    """Register a task from JSON (NewTask), or from a router file as application/octet-stream.
 
-    201 when it is new, 200 when it was there with the same router, 409 with another one.
+    201 for a new task, 200 where it exists with the same router, 409 where with another one.
     """
     body = await request.body()
     if _media_type(request) == "application/json":
         if name is not None:
-            raise InvalidRequest("with a JSON body, the name belongs into the body", "name")
+            raise InvalidRequest("with a JSON body, the name belongs in the body", "name")
         task = _parse(NewTask, body)
-        return await _register(services, task.name, _decoded(task.router), replace=False)
+        return await _register(context, task.name, _decoded(task.router), replace=False)
     if name is None:
         raise InvalidRequest("with a safetensors body, give the name as ?name=", "name")
-    return await _register(services, name, body, replace=False)
+    return await _register(context, name, body, replace=False)
 
 
 @router.put("/{name}")
-async def replace(name: str, request: Request, services: ServicesDep) -> Response:
-    """Register a task, or give it a new version; requests under way keep the one they have."""
+async def replace(name: str, request: Request, context: Context) -> Response:
+    """Register a task or give it a new version; requests under way keep the version they have."""
     body = await request.body()
     if _media_type(request) == "application/json":
         body = _decoded(_parse(RouterBody, body).router)
-    return await _register(services, name, body, replace=True)
+    return await _register(context, name, body, replace=True)
 
 
 @router.get("")
 async def tasks(
-    services: ServicesDep,
+    context: Context,
     after: Annotated[
-        str | None, Query(description="a task's name; the page begins behind it")
+        str | None, Query(description="a task's name; the page begins after it")
     ] = None,
     limit: Annotated[int, Query(ge=1, le=MOST_TASKS)] = 100,
 ) -> Response:
-    """A page of the tasks, in the order of their names."""
-    found = await asyncio.to_thread(services.registry.list, after, limit + 1)
+    """List a page of tasks, ordered by name."""
+    found = await asyncio.to_thread(context.registry.list, after, limit + 1)
     page = [task_shape(task) for task in found[:limit]]
     return JSONResponse({"object": "list", "data": page, "has_more": len(found) > limit})
 
 
 @router.get("/{name}")
-async def task(name: str, services: ServicesDep) -> Response:
-    """One task."""
-    return JSONResponse(task_shape(await asyncio.to_thread(services.registry.info, name)))
+async def task(name: str, context: Context) -> Response:
+    """Show one task."""
+    return JSONResponse(task_shape(await asyncio.to_thread(context.registry.info, name)))
 
 
 @router.delete("/{name}")
-async def drop(name: str, services: ServicesDep) -> Response:
+async def drop(name: str, context: Context) -> Response:
     """Drop a task; requests under way finish with it."""
-    await asyncio.to_thread(services.registry.drop, name)
+    await asyncio.to_thread(context.registry.drop, name)
     return JSONResponse({"name": name, "object": "task", "deleted": True})
 
 
-async def _register(services: Services, name: str, data: bytes, *, replace: bool) -> Response:
-    if name == services.config.model:
-        raise InvalidRequest(f"{name!r} is the base model's name", "name")
-    info, created = await asyncio.to_thread(services.registry.register, name, data, replace=replace)
+async def _register(context: AppContext, name: str, data: bytes, *, replace: bool) -> Response:
+    context.check_name(name)
+    info, created = await asyncio.to_thread(context.registry.register, name, data, replace=replace)
     return JSONResponse(task_shape(info), 201 if created else 200)
 
 
 def _media_type(request: Request) -> str:
-    """Raises UnsupportedBody unless it is one of the two that are read; a web page cannot send
-    either to another site without asking first."""
+    """The body's media type; raises UnsupportedBody unless it is one of the two that are read.
+
+    Browsers ask (CORS preflight) before a web page may send either of them to another site.
+    """
     found = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if found not in ("application/json", "application/octet-stream"):
         raise UnsupportedBody(

@@ -11,10 +11,10 @@ from polyrex.adapters.methods.tensor_product import (
     factor_leaves,
     factored_expand,
     factored_shrink,
-    leaf_size,
     tensor_factor,
 )
 from polyrex.adapters.spec import Norm
+from polyrex.kernels.leaf_size import leaf_size
 from support.cases import relative_rms
 
 TOLERANCE = 1e-5
@@ -86,18 +86,3 @@ def test_row_is_the_outer_product_with_the_first_leaf_slowest() -> None:
     leaves, _, _ = draw(3, 60)
     row = torch.kron(torch.kron(leaves[0, 1], leaves[1, 1]), leaves[2, 1])
     torch.testing.assert_close(tensor_factor(leaves, 60, "none")[1], row[:60])
-
-
-@pytest.mark.parametrize(
-    ("dimension", "order", "size"),
-    [(64, 2, 8), (65, 2, 9), (2048, 4, 7), (2401, 4, 7), (2402, 4, 8), (5120, 2, 72), (1, 4, 1)],
-)
-def test_leaf_size_is_the_root_rounded_up(dimension: int, order: int, size: int) -> None:
-    assert leaf_size(dimension, order) == size
-
-
-@pytest.mark.parametrize("root", range(1, 60))
-@pytest.mark.parametrize("order", [2, 3, 4, 5])
-def test_leaf_size_is_exact_for_perfect_powers(root: int, order: int) -> None:
-    assert leaf_size(root**order, order) == root
-    assert leaf_size(root**order + 1, order) == root + 1

@@ -40,7 +40,7 @@ def table(adapted: AdaptedModel, small_inventory: Inventory) -> RoutingTable:
 def logits_of(adapted: AdaptedModel, table: RoutingTable, slots: list[int]) -> Tensor:
     """Logits [len(slots), tokens, vocabulary] of the prompt, once for each slot, in one batch."""
     of_tokens = [slot for slot in slots for _ in range(PROMPT.shape[1])]
-    adapted.context.step = table.step(of_tokens, torch.float32)
+    adapted.add_by_step(table.step(of_tokens, torch.float32))
     logits: Tensor = adapted.model(PROMPT.expand(len(slots), -1)).logits
     return logits
 
@@ -77,8 +77,14 @@ def test_prepared_experts_give_the_same(adapted: AdaptedModel, table: RoutingTab
 
 def test_served_model_gives_the_same(adapted: AdaptedModel, table: RoutingTable) -> None:
     before = logits_of(adapted, table, [1, 0, 2])
-    adapted.serve(torch.float32, 1 << 20)
-    torch.testing.assert_close(logits_of(adapted, table, [1, 0, 2]), before)
+    _, context = adapted.serve(torch.float32, 1 << 20)
+    slots = [slot for slot in (1, 0, 2) for _ in range(PROMPT.shape[1])]
+    with torch.no_grad():
+        base = adapted.model(PROMPT).logits
+        context.step = table.step(slots, torch.float32)
+        served = adapted.model(PROMPT.expand(3, -1)).logits
+    torch.testing.assert_close(served, before)
+    torch.testing.assert_close(base[0], before[1])
 
 
 def test_only_the_experts_can_be_trained(adapted: AdaptedModel) -> None:

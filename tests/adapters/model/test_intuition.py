@@ -15,7 +15,7 @@ from polyrex.adapters.files.inventory import FORMAT, load_experts, read_inventor
 from polyrex.adapters.files.tensor_file import parse, serialise
 from polyrex.adapters.methods.registry import make_experts
 from polyrex.adapters.model.attach import AdaptedModel, attach, find_targets
-from polyrex.adapters.model.intuition import EncoderIdentity, Intuition, gates_of
+from polyrex.adapters.model.intuition import EncoderIdentity, Intuition
 from polyrex.adapters.model.sentence_encoder import SentenceEncoder
 from polyrex.adapters.spec import AdapterSpec, TargetModule
 
@@ -27,7 +27,7 @@ ENCODER = EncoderIdentity("small", 5, "0" * 64)
 def drawn(spec: AdapterSpec = SPEC) -> Intuition:
     generator = torch.Generator().manual_seed(2)
     centroids = torch.randn(spec.intuition or 0, 5, generator=generator)
-    intuition = Intuition(nn.functional.normalize(centroids), ENCODER, gates_of(spec))
+    intuition = Intuition(nn.functional.normalize(centroids), ENCODER, spec.gates)
     intuition.reset(generator)
     return intuition
 

@@ -18,6 +18,7 @@ from polyrex.adapters.errors import FileError, MalformedFile, SpecError, TensorM
 from polyrex.adapters.files.inventory import load_experts, read_inventory, write_inventory
 from polyrex.adapters.methods.composed import LowRank
 from polyrex.adapters.model.attach import AdaptedModel, attach, find_targets
+from polyrex.adapters.model.routed_linear import AddComposed
 from polyrex.adapters.peft.lora import CONFIG, WEIGHTS, export_lora, read_lora, write_lora
 from polyrex.adapters.peft.poly import import_poly
 from polyrex.adapters.spec import AdapterSpec
@@ -35,9 +36,9 @@ def logits_of(model: Any, **inputs: Any) -> Tensor:
 
 def routed_logits(adapted: AdaptedModel, router: Tensor) -> Tensor:
     weights = adapted.route(router).unsqueeze(0)
-    adapted.context.step = StepRouting(weights, torch.tensor([0]), torch.float32)
+    adapted.add_by_step(StepRouting(weights, torch.tensor([0]), torch.float32))
     found = logits_of(adapted.model)
-    adapted.context.step = None
+    adapted.add_nothing()
     return found
 
 
@@ -102,9 +103,8 @@ def test_lora_of_peft_is_read_with_its_scales(
     lora = read_lora(tmp_path / "original")
     model = make_model()
     adapted = attach(model, AdapterSpec("lora"), find_targets(model, r".*(q|up)_proj"))
-    adapted.context.step = StepRouting(torch.ones(1, 4, 1), torch.tensor([0]), torch.float32)
     for target, layer in zip(adapted.targets, adapted.layers, strict=True):
-        layer.composed = lora.modules[target.name]
+        layer.added = AddComposed(lora.modules[target.name])
     torch.testing.assert_close(logits_of(model), logits_of(original), rtol=0, atol=1e-5)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from polyrex.adapters.errors import TensorMismatch
 from polyrex.adapters.methods.protocol import Experts
 from polyrex.adapters.methods.registry import make_experts
-from polyrex.adapters.serving.serving import Slice, choose_path, make_planner, serve_layer
+from polyrex.adapters.serving.backends import BACKENDS, choose, explain
+from polyrex.adapters.serving.builder import LayerBuilder
+from polyrex.adapters.serving.layers import ServedLayer, Slice
 from polyrex.adapters.spec import AdapterSpec, TargetModule
 from polyrex.kernels.routing import RoutingTable, StepRouting
 from polyrex.kernels.step_plan import Planner
@@ -24,7 +26,14 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
 SLOTS = [3, 3, 3, 0, 1, 2, 2, 1, 3]
 STATE_BYTES = 1 << 20
 
-Delta = Callable[[StepRouting, Tensor], Tensor]
+
+def serve(
+    slices: Sequence[Slice], dtype: torch.dtype, state_bytes: int = STATE_BYTES
+) -> tuple[ServedLayer, Planner]:
+    """One layer as an engine has it, and the planner of its steps."""
+    builder = LayerBuilder(dtype, CPU, state_bytes)
+    layer = builder.build(slices)
+    return layer, builder.planner(slices[0].experts)
 
 
 def drawn(spec: AdapterSpec, target: TargetModule, seed: int) -> Experts:
@@ -70,8 +79,8 @@ def test_layer_of_packed_modules(small_spec: AdapterSpec, dtype: torch.dtype) ->
     experts = {i: drawn(small_spec, TargetModule(str(i), 15, sizes[i]), i) for i in (0, 2)}
     columns = {0: slice(0, 21), 2: slice(27, 36)}
     slices = [replace(Slice.whole(i, e), columns=columns[i]) for i, e in experts.items()]
-    layer = serve_layer(slices, dtype, CPU)
-    table = filled(experts[0], 3, make_planner([layer], experts[0], STATE_BYTES))
+    layer, planner = serve(slices, dtype, STATE_BYTES)
+    table = filled(experts[0], 3, planner)
     for slots in (SLOTS, SLOTS[::-1], [2] * 300 + [0] + [1] * 300):  # the last one composed
         x, step = tokens(15, dtype, len(slots)), step_of(table, slots, dtype)
         y = torch.zeros(len(slots), 36, dtype=dtype)
@@ -85,8 +94,8 @@ def test_layer_of_packed_modules(small_spec: AdapterSpec, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_the_layer_adds_to_what_is_there(random_experts: Experts, dtype: torch.dtype) -> None:
-    layer = serve_layer([Slice.whole(0, random_experts)], dtype, CPU)
-    table = filled(random_experts, 1, make_planner([layer], random_experts, STATE_BYTES))
+    layer, planner = serve([Slice.whole(0, random_experts)], dtype, STATE_BYTES)
+    table = filled(random_experts, 1, planner)
     x, step = tokens(random_experts.target.d_in, dtype), step_of(table, SLOTS, dtype)
     before = torch.randn(len(x), random_experts.target.d_out).to(dtype)
     y = before.clone()
@@ -108,11 +117,11 @@ def test_ranks_of_a_cut_module_add_up(random_experts: Experts, dim: str) -> None
     y = torch.zeros(len(x), target.d_out)
     for cut in (slice(0, size // 3), slice(size // 3, size)):
         if dim == "inputs":
-            part = serve_layer([replace(whole, inputs=cut)], torch.float32, CPU)
+            part, _ = serve([replace(whole, inputs=cut)], torch.float32)
             part.add_(y, x[:, cut], step)
         else:
             columns = slice(0, cut.stop - cut.start)
-            part = serve_layer([replace(whole, outputs=cut, columns=columns)], torch.float32, CPU)
+            part, _ = serve([replace(whole, outputs=cut, columns=columns)], torch.float32)
             part.add_(y[:, cut], x, step)
     assert relative_rms(y, twin(random_experts, x, step, 0)) <= TOLERANCE[torch.float32]
 
@@ -144,8 +153,8 @@ def test_threads_share_the_work(spec: AdapterSpec, threads: int, dtype: torch.dt
         replace(Slice.whole(i, e), columns=slice(71 * i, 71 * i + 70 + i))
         for i, e in experts.items()
     ]
-    layer = serve_layer(slices, dtype, CPU)
-    table = filled(experts[0], 2, make_planner([layer], experts[0], 0))
+    layer, planner = serve(slices, dtype, 0)
+    table = filled(experts[0], 2, planner)
     for count in (1, 12, 33, 300, 700):
         slots = torch.randint(4, (count,), generator=torch.Generator().manual_seed(count)).tolist()
         slots[0] = 1
@@ -163,8 +172,8 @@ def test_threads_share_the_work(spec: AdapterSpec, threads: int, dtype: torch.dt
 def test_factors_of_many_rows(d_in: int, d_out: int, method: str, dtype: torch.dtype) -> None:
     """Factors larger than the pieces that the operators work in, even and odd."""
     experts = drawn(AdapterSpec(method, rank=3, experts=5), TargetModule("m", d_in, d_out), 0)
-    layer = serve_layer([Slice.whole(0, experts)], dtype, CPU)
-    table = filled(experts, 1, make_planner([layer], experts, 0))
+    layer, planner = serve([Slice.whole(0, experts)], dtype, 0)
+    table = filled(experts, 1, planner)
     x, step = tokens(d_in, dtype), step_of(table, SLOTS, dtype)
     y = torch.zeros(len(x), d_out, dtype=dtype)
     layer.add_(y, x, step)
@@ -175,8 +184,8 @@ def test_factors_of_many_rows(d_in: int, d_out: int, method: str, dtype: torch.d
 def test_a_token_has_one_result(spec: AdapterSpec) -> None:
     """To the last bit, whoever else is in the batch, however many threads there are."""
     experts = drawn(spec, TargetModule("m", 45, 70), 0)
-    layer = serve_layer([Slice.whole(0, experts)], torch.float32, CPU)
-    table = filled(experts, 1, make_planner([layer], experts, 0))
+    layer, planner = serve([Slice.whole(0, experts)], torch.float32, 0)
+    table = filled(experts, 1, planner)
     x = tokens(45, torch.float32, 700)
     results = []
     for threads, count in itertools.product((1, 2, 3, 5), (1, 12, 33, 700)):
@@ -198,7 +207,7 @@ def test_gates_that_tokens_choose(spec: AdapterSpec, dtype: torch.dtype) -> None
     with torch.no_grad():
         router.copy_(router.bfloat16())
         router[2:-2] = router[1]
-    layer = serve_layer([Slice.whole(0, experts)], dtype, CPU)
+    layer, _ = serve([Slice.whole(0, experts)], dtype)
     table = filled(experts, 1, None)
     x, step = tokens(45, dtype), step_of(table, SLOTS, dtype)
     y = torch.zeros(len(x), 70, dtype=dtype)
@@ -207,7 +216,7 @@ def test_gates_that_tokens_choose(spec: AdapterSpec, dtype: torch.dtype) -> None
 
 
 def test_empty_batch(random_experts: Experts) -> None:
-    layer = serve_layer([Slice.whole(0, random_experts)], torch.float32, CPU)
+    layer, _ = serve([Slice.whole(0, random_experts)], torch.float32)
     step = StepRouting(
         torch.zeros(1, 1, random_experts.table_size(random_experts.spec)),
         torch.zeros(0, dtype=torch.int64),
@@ -219,8 +228,7 @@ def test_empty_batch(random_experts: Experts) -> None:
 
 
 def test_a_slot_that_changes_hands_is_made_anew(random_experts: Experts) -> None:
-    layer = serve_layer([Slice.whole(0, random_experts)], torch.float32, CPU)
-    planner = make_planner([layer], random_experts, STATE_BYTES)
+    layer, planner = serve([Slice.whole(0, random_experts)], torch.float32, STATE_BYTES)
     table = filled(random_experts, 1, planner)
     x = tokens(random_experts.target.d_in, torch.float32, 400)
     other = filled(random_experts, 1, None, seed=5).weights[2]
@@ -235,29 +243,62 @@ def test_a_slot_that_changes_hands_is_made_anew(random_experts: Experts) -> None
 @pytest.mark.parametrize("method", ["tensorpoly-2", "tensorpoly-x"])
 def test_states_that_no_plan_names_are_refused(method: str) -> None:
     experts = drawn(AdapterSpec(method, rank=3, experts=5), TargetModule("m", 15, 9), 0)
-    layer = serve_layer([Slice.whole(0, experts)], torch.float32, CPU)
+    layer, _ = serve([Slice.whole(0, experts)], torch.float32)
     step = step_of(filled(experts, 1, None), SLOTS, torch.float32)
     with pytest.raises(AssertionError, match="no task's state"):
         layer.add_(torch.zeros(len(SLOTS), 9), tokens(15, torch.float32), step)
 
 
-def test_choice_of_a_path_says_why() -> None:
+def test_choice_of_a_backend_says_why() -> None:
     def choice(spec: AdapterSpec, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
-        slices = [Slice.whole(0, make_experts(spec, TargetModule("m", 15, 9)))]
-        return choose_path(slices, dtype, CPU)
+        return explain(spec, dtype, CPU)
 
-    assert choice(AdapterSpec("poly", experts=4)) == ("compiled", "rank space on the CPU")
-    assert choice(AdapterSpec("sira", experts=8)) == ("compiled", "token space on the CPU")
-    path, reason = choice(AdapterSpec("poly", experts=4), torch.float16)
-    assert (path, "float16" in reason) == ("delta", True)
-    path, reason = choice(AdapterSpec("tensorpoly-2", rank=20, experts=4))
-    assert (path, "not 20" in reason) == ("delta", True)
+    assert choice(AdapterSpec("poly", experts=4)) == ("compiled rank space", "rank space on cpu")
+    assert choice(AdapterSpec("sira", experts=8)) == ("compiled token gates", "token space on cpu")
+    backend, reason = choice(AdapterSpec("poly", experts=4), torch.float16)
+    assert (backend, "float16" in reason) == ("pytorch", True)
+    backend, reason = choice(AdapterSpec("tensorpoly-2", rank=20, experts=4))
+    assert (backend, "not 20" in reason) == ("pytorch", True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "backend", "reason"),
+    [
+        (AdapterSpec("poly", experts=4), "triton rank space", "rank space on cuda"),
+        (AdapterSpec("tensorpoly-1", experts=4), "triton factored", "rank space on cuda"),
+        (AdapterSpec("tensorpoly-2", experts=4), "triton factored", "leaf space on cuda"),
+        (AdapterSpec("trex", form="static"), "triton pair space", "pair space on cuda"),
+        (AdapterSpec("mhr", experts=4, splits=2), "pytorch", "mhr has no layer on the Triton"),
+        (AdapterSpec("trex"), "pytorch", "there is no kernel for trex on cuda"),
+        (AdapterSpec("tensorpoly-x", experts=4), "pytorch", "no kernel for tensorpoly-x on cuda"),
+    ],
+    ids=lambda value: value.method if isinstance(value, AdapterSpec) else "",
+)
+def test_backends_of_a_gpu(spec: AdapterSpec, backend: str, reason: str) -> None:
+    found, why = explain(spec, torch.bfloat16, torch.device("cuda"))
+    assert (found, reason in why) == (backend, True)
+
+
+def test_a_device_without_kernels_runs_the_formula() -> None:
+    found = explain(AdapterSpec("lora"), torch.float32, torch.device("mps"))
+    assert found == ("pytorch", "there is no kernel for lora on mps")
+
+
+def test_part_of_a_module_of_leaves_runs_as_a_matrix_on_a_gpu() -> None:
+    experts = drawn(AdapterSpec("tensorpoly-1", rank=3, experts=5), TargetModule("m", 15, 9), 0)
+    part = replace(Slice.whole(0, experts), inputs=slice(0, 5))
+    assert choose([part], torch.bfloat16, torch.device("cuda")).backend.name == "triton rank space"
+
+
+def test_every_space_has_a_row_for_the_cpu(small_specs: tuple[AdapterSpec, ...]) -> None:
+    rows = {backend.space for backend in BACKENDS if backend.device == "cpu"}
+    assert {make_experts(s, TargetModule("m", 15, 9)).space for s in small_specs} == rows
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_tolerance_tells_another_tasks_adapter(dtype: torch.dtype) -> None:
     experts = drawn(AdapterSpec("poly", rank=3, experts=5), TargetModule("m", 15, 9), 0)
-    layer = serve_layer([Slice.whole(0, experts)], dtype, CPU)
+    layer, _ = serve([Slice.whole(0, experts)], dtype)
     table = filled(experts, 1, None)
     x, wrong = tokens(15, dtype), step_of(table, [1, *SLOTS[1:]], dtype)
     y = torch.zeros(len(x), 9, dtype=dtype)
@@ -269,4 +310,4 @@ def test_experts_that_overflow_are_refused(random_experts: Experts) -> None:
     with torch.no_grad():
         next(random_experts.parameters()).fill_(float("inf"))
     with pytest.raises(TensorMismatch, match="not finite"):
-        serve_layer([Slice.whole(0, random_experts)], torch.float32, CPU)
+        serve([Slice.whole(0, random_experts)], torch.float32)

@@ -1,7 +1,7 @@
-"""Many LoRAs to try `polyrex compress` on: one a task and seed, trained apart, as PEFT files.
+"""Trains many LoRAs for `polyrex compress`, one for each task and seed, as PEFT writes them.
 
-Every one begins at its own random A, and sees its own rows: nothing is shared but the base model.
-They lie on the upper third of its layers, below which activations are computed once.
+Each starts from its own random A and sees its own rows: they share nothing but the base model. They
+sit on the upper third of its layers; the activations below are computed once.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 
 from polyrex.adapters.methods.composed import LowRank
+from polyrex.adapters.methods.rates import LearningRates
 from polyrex.adapters.model.attach import AdaptedModel, attach, find_targets
 from polyrex.adapters.peft.lora import write_lora
 from polyrex.adapters.spec import AdapterSpec
 from polyrex.training.adapt import ADAPTATION, fit
 from polyrex.training.data.tasks import load_tasks
-from polyrex.training.loop.optimiser import LearningRates
 from polyrex.training.model.frozen import cut
 from polyrex.training.study.setup import Bench
 from polyrex.training.study.variants import StudyConfig
@@ -33,7 +33,7 @@ ROWS = 48
 
 
 def train_loras(data: Path, out: Path, work: Path, seeds: Sequence[int]) -> None:
-    """Train those that are missing into folders `TASK-SEED` of `out`."""
+    """Train the LoRAs that are missing in `out`, each in a folder `TASK-SEED`."""
     names = tuple(task.name for task in load_tasks(data))
     bench = Bench.open(StudyConfig(data, out, work, held_out=names, rows=ROWS))
     adapted = attach(bench.base, SPEC, find_targets(bench.base, bench.config.targets))
@@ -54,7 +54,7 @@ def train_loras(data: Path, out: Path, work: Path, seeds: Sequence[int]) -> None
 
 @torch.no_grad()
 def modules_of(adapted: AdaptedModel) -> dict[str, LowRank]:
-    """The one adapter of a model with method lora, by module."""
+    """The LoRA of a model whose method is lora, by module."""
     found = {}
     for target, layer in zip(adapted.targets, adapted.layers, strict=True):
         operands = layer.experts.operands(torch.float32)
@@ -69,8 +69,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with manifest.json")
     parser.add_argument("--out", type=Path, required=True, help="folder for the LoRAs")
-    parser.add_argument("--work", type=Path, required=True, help="what can be made again")
-    parser.add_argument("--seeds", type=int, default=5, help="LoRAs a task")
+    parser.add_argument("--work", type=Path, required=True, help="folder for caches")
+    parser.add_argument("--seeds", type=int, default=5, help="LoRAs of each task")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     train_loras(options.data, options.out, options.work, range(options.seeds))

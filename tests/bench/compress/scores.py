@@ -1,23 +1,20 @@
-"""Whether compressed LoRAs still answer as the originals do, on test rows of their own tasks."""
+"""Compares compressed LoRAs with the originals, on the test rows of their tasks."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from polyrex.adapters.files.inventory import read_inventory
-from polyrex.adapters.files.router import read_router
+from bench.harness import report, without
+from polyrex.adapters.files.bundle import Bundle
 from polyrex.adapters.peft.lora import PeftLora
 from polyrex.training.data.tasks import load_tasks
-from polyrex.training.evaluation.evaluate import routed
-from polyrex.training.exchange.compress import read_loras
-from polyrex.training.exchange.exchange import uncompressed
-from polyrex.training.loop.loop import write_record
+from polyrex.training.exchange.drift import uncompressed
+from polyrex.training.exchange.lora_folder import read_loras
 from polyrex.training.study.setup import Bench
 from polyrex.training.study.variants import StudyConfig
 
@@ -32,25 +29,26 @@ def task_of(lora: PeftLora) -> str:
 def compare(
     data: Path, loras: Sequence[PeftLora], compressed: Path, work: Path, rows: int
 ) -> dict[str, Any]:
-    """By LoRA: the scores of the base model, the original and the compressed one on the first test
-    rows of its task, and the share of rows that the latter two answer alike."""
+    """Score each LoRA, its compressed form and the base model on the first test rows of its task.
+
+    `same` is the share of rows that the LoRA and its compressed form answer alike.
+    """
     names = tuple(task.name for task in load_tasks(data) if task.name in set(map(task_of, loras)))
     bench = Bench.open(StudyConfig(data, work, work, held_out=names, test_rows=rows))
     tasks = {task.name: task for task in bench.held_out}
     questions = {name: bench.questions(task) for name, task in tasks.items()}
-    inventory = read_inventory(compressed / "inventory.safetensors")
-    adapted = bench.load(inventory)
+    bundle = Bundle.read(compressed)
+    adapted = bench.load(bundle.inventory)
 
     def answers(name: str) -> list[tuple[int, bool]]:
         return bench.answers(adapted, tasks[name], questions[name])
 
-    with routed(adapted, None):
+    with adapted.routed(None):
         base = {name: mean(right for _, right in answers(name)) for name in tasks}
     by_lora = {}
     for lora in loras:
         name = task_of(lora)
-        path = compressed / "routers" / f"{lora.name}.safetensors"
-        with routed(adapted, read_router(path.read_bytes(), str(path), inventory).logits):
+        with adapted.routed(bundle.router(lora.name).logits):
             ours = answers(name)
         with uncompressed(adapted, lora):
             theirs = answers(name)
@@ -73,15 +71,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with manifest.json")
     parser.add_argument("--loras", type=Path, required=True, help="the originals")
-    parser.add_argument("--compressed", type=Path, required=True, help="what compress wrote")
-    parser.add_argument("--work", type=Path, required=True, help="what can be made again")
-    parser.add_argument("--rows", type=int, default=20, help="at most, of each task's test rows")
+    parser.add_argument("--compressed", type=Path, required=True, help="the compressed ones")
+    parser.add_argument("--work", type=Path, required=True, help="folder for caches")
+    parser.add_argument("--rows", type=int, default=20, help="test rows of each task, at most")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     loras = read_loras(options.loras)
     found = compare(options.data, loras, options.compressed, options.work, options.rows)
-    write_record(options.compressed / "scores.json", found)
-    print(json.dumps({key: value for key, value in found.items() if key != "by_lora"}))
+    report(found, options.compressed / "scores.json", without(found, "by_lora"))
 
 
 if __name__ == "__main__":

@@ -3,14 +3,14 @@
     python -m bench.kernels.triton
 
 Prints one line of JSON: for each kernel and number of tokens the microseconds of a call, and the
-bandwidth and throughput that it reaches. `base` is the frozen layer's own product: what the device
-gives there is what the kernels can hope for. Calls are replayed as a CUDA graph, each on weights of
-its own, so that neither launches nor a warm L2 are measured for what a model's layers would cost.
+bandwidth and throughput that it reaches. `base` is the product of the frozen layer: kernels can
+hope for what the device reaches there. Calls are replayed as a CUDA graph and take copies of the
+weights in turn, so that neither launches nor a warm L2 distort what a model's layers would cost.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,21 +19,25 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from triton.testing import do_bench_cudagraph  # type: ignore[import-untyped]
 
+from bench.cases import EXPERTS, RANK, SHAPES_8B, TOKENS
+from bench.harness import command_line, report
 from polyrex.kernels.gpu.factored import factored_expand, factored_shrink
 from polyrex.kernels.gpu.pair_space import pair_shrink
 from polyrex.kernels.gpu.rank_space import routed_expand, routed_shrink
+from polyrex.kernels.leaf_size import leaf_size
 
-TOKENS = (1, 8, 32, 256, 2048)
-D_IN, D_OUT, LEAF_IN, LEAF_OUT = 4096, 14336, 64, 120
-EXPERTS, RANK = 8, 16
+D_IN, D_OUT, _ = SHAPES_8B["gate, up"]
 WORKING_SET = 128 << 20  # bytes of weights in turn, beyond any L2
-REPLAYS = 20
+REPEAT_MS = 20
 
 
 class Work(NamedTuple):
-    """A kernel's call, which gets the weights; what else it moves (what is added to in place counts
-    twice); its floating-point operations."""
+    """One kernel's call on the weights that it is given.
+
+    `moved` are the other tensors that it reads or writes; one that it adds to counts twice.
+    """
 
     name: str
     call: Callable[..., object]
@@ -43,7 +47,7 @@ class Work(NamedTuple):
 
 
 def works(tokens: int) -> Iterator[Work]:
-    """Every kernel at `tokens` tokens, each of a task of its own."""
+    """Every kernel at `tokens` tokens, each token of its own task."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
@@ -69,36 +73,29 @@ def works(tokens: int) -> Iterator[Work]:
         ("tensorpoly-1", EXPERTS, all_sets, EXPERTS),
         ("tensorpoly-2", tokens, one_set, 1),
     ):
-        sides = leaves(sets, LEAF_IN), leaves(sets, LEAF_OUT)
+        sides = leaves(sets, leaf_size(D_IN, 2)), leaves(sets, leaf_size(D_OUT, 2))
         yield Work(f"{name} shrink", partial(shrink, **routing), sides[0], (x,), one_in * factor)
         yield Work(f"{name} expand", partial(expand, **routing), sides[1], added, one_out * factor)
 
 
 def microseconds(work: Work) -> float:
-    """The time of one call among many, each on its own copy of the weights."""
+    """The median time of one call among many, each on the next copy of the weights."""
     size = sum(tensor.nbytes for tensor in work.weights)
     copies = min(max(WORKING_SET // size, 2), 128)
-    weights = [tuple(tensor.clone() for tensor in work.weights) for _ in range(copies)]
-    work.call(*weights[0])  # compiles
+    weights = itertools.cycle(
+        [tuple(tensor.clone() for tensor in work.weights) for _ in range(copies)]
+    )
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for copy in weights:
-            work.call(*copy)
-    graph.replay()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    begin.record()
-    for _ in range(REPLAYS):
-        graph.replay()
-    end.record()
-    torch.cuda.synchronize()
-    return float(begin.elapsed_time(end)) * 1e3 / (REPLAYS * copies)
+    return 1e3 * float(
+        do_bench_cudagraph(lambda: work.call(*next(weights)), rep=REPEAT_MS, return_mode="median")
+    )
 
 
 def main() -> None:
     """The command."""
     if not torch.cuda.is_available():
-        sys.exit("triton_bench measures a GPU, and this machine has no CUDA device")
+        sys.exit("this benchmark measures a GPU, and this machine has no CUDA device")
+    options = command_line(__doc__).parse_args()
     measured = {}
     for tokens in TOKENS:
         for work in works(tokens):
@@ -109,7 +106,7 @@ def main() -> None:
                 "gb_per_s": round(moved / time / 1e3, 1),
                 "tflop_per_s": round(work.flops / time / 1e6, 2),
             }
-    print(json.dumps({"device": torch.cuda.get_device_name(), "measured": measured}))
+    report({"device": torch.cuda.get_device_name(), "measured": measured}, options.out)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Compiles every Triton kernel ahead of time and writes what each needs of a GPU as a table.
+"""Compiles every Triton kernel ahead of time; writes a table of the GPU resources each takes.
 
     python -m bench.kernels.triton_resources --out tests/results/triton_resources.md
 
-No GPU is needed. Tiles are those that the launchers choose, in bfloat16, for E = 8 experts of rank
+No GPU is needed. Tiles are those that the launchers choose in bfloat16, for E = 8 experts of rank
 16 (I = J = 16 pairs) at the widths of SmolLM2-135M and of an 8B model.
 """
 
@@ -20,21 +20,23 @@ import triton  # type: ignore[import-untyped]
 from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
 from triton.compiler import ASTSource  # type: ignore[import-untyped]
 
+from bench.cases import EXPERTS, RANK, SHAPES_8B, SHAPES_135M
 from polyrex.kernels.gpu import factored, pair_space, rank_space
 from polyrex.kernels.gpu.rank_space import Tile
+from polyrex.kernels.leaf_size import leaf_size
 
 TARGETS = (80, 90)  # A100, H100
-EXPERTS, RANK, BYTES = 8, 16, 2
-WIDTHS = {576: 24, 1536: 40, 4096: 64, 14336: 120}  # d and the leaf size of order 2
+BYTES = 2  # of a number in bfloat16
+WIDTHS = sorted({width for shapes in (SHAPES_135M, SHAPES_8B) for width, *_ in shapes.values()})
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 Pointers = dict[str, str | None]
-"""The types of a kernel's pointers; None where the argument is not given."""
+"""The types of a kernel's pointers; None where the argument is left out."""
 
 
 class Build(NamedTuple):
-    """One compilation: a kernel, what it is for, and its constants."""
+    """One compilation: a kernel, its use, and its constants."""
 
     kernel: Any
     use: str
@@ -50,7 +52,7 @@ class Build(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel takes: registers a thread, and bytes."""
+    """The resources of a compiled kernel: registers a thread, and bytes."""
 
     registers: int
     spilled: int
@@ -58,7 +60,7 @@ class Resources(NamedTuple):
 
 
 def builds() -> Iterator[Build]:
-    """Every kernel with every tile that the launchers choose at these shapes."""
+    """Every kernel with each tile that the launchers choose at these shapes."""
     pointers: Pointers = dict.fromkeys(("x", "a", "b", "y", "weights", "pairs"), "*bf16")
     pointers |= {"h": "*fp32", "parts": "*fp32"}
     for tokens in (16, 32, 2048):
@@ -79,7 +81,8 @@ def builds() -> Iterator[Build]:
     own: Pointers = shared | {"first": "*fp32", "second": "*fp32", "rows": "*i64", "weights": None}
     methods = ("tensorpoly-1", EXPERTS, BYTES, shared), ("tensorpoly-2", 1, 4, own)
     for method, experts, size, types in methods:
-        for width, leaf in WIDTHS.items():
+        for width in WIDTHS:
+            leaf = leaf_size(width, 2)
             sides = factored.Sides(RANK, leaf, leaf, size, "tf32")
             for tokens in (32, 2048):
                 use, shift = f"{method} d={width} T={tokens}", {"ROWS_A_SHIFT": RANK}

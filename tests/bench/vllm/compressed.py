@@ -1,13 +1,12 @@
-"""Compressed LoRAs on polyrex, beside the originals on vLLM's own multi-LoRA.
+"""Compressed LoRAs on polyrex, compared with the originals on vLLM's own multi-LoRA.
 
-The last step of `make bench-compress`. 32 requests at once of 32 different tasks, in turns; a
-ratio is of one turn over the nearest turns of what it is compared with. The last line is one JSON
-document: what compressing reported, what the tasks then score, and the throughputs.
+The last step of `make bench-compress`. Each engine in turn answers 32 requests of 32 different
+tasks; a ratio is of one turn over the nearest turns of what it is compared with. The last line is
+one JSON document: the report of the compression, the scores of the tasks, and the throughputs.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -17,42 +16,31 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from bench.serving import machine
-from polyrex.adapters.files.inventory import Inventory, read_inventory
-from polyrex.adapters.files.registry import TaskInfo, TaskVersion
-from polyrex.adapters.files.router import read_router
+from bench.cases import REQUESTS
+from bench.harness import Turns, command_line, machine, report, without
+from polyrex.adapters.files.bundle import Bundle
 from polyrex.adapters.model.base_model import DEFAULT_BASE, resolve_base
 from polyrex.adapters.peft.lora import CONFIG
 
-from .engines import IN_FLIGHT, Plain, Polyrex
-from .meter import DECODE, Meter, Turn
-from .run import Starter, started
+from .engines import Plain, Polyrex, Starter, started
+from .rounds import DECODE, Batch, take_turns
 
 BASE, THEIRS, OURS = "base", "multilora", "compressed"
 
 
-def read_version(inventory: Inventory, names: list[str], number: int) -> TaskVersion:
-    """The task of a number, from the router beside its inventory."""
-    path = inventory.path.parent / "routers" / f"{names[number]}.safetensors"
-    data = path.read_bytes()
-    router = read_router(data, str(path), inventory)
-    info = TaskInfo(names[number], 1, router.sha256, len(data), 0.0, "", {}, {})
-    return TaskVersion(info, router)
-
-
 def linked(loras: Path, names: list[str], folder: Path) -> Path:
-    """The LoRAs of the first tasks under the names that the benchmark's engine asks for."""
-    for number, name in enumerate(names[:IN_FLIGHT]):
+    """Links to the LoRAs of the first tasks, under the names that `Plain` expects."""
+    for number, name in enumerate(names[:REQUESTS]):
         (folder / f"t{number}").symlink_to((loras / name).resolve())
     return folder
 
 
-async def measure(loras: Path, compressed: Path, rounds: int) -> dict[str, Any]:
-    """Medians in tokens a second, and ratios with their quartiles."""
-    inventory = read_inventory(compressed / "inventory.safetensors")
-    names = sorted(path.stem for path in (compressed / "routers").glob("*.safetensors"))
-    version = cache(partial(read_version, inventory, names))
-    model, meter = resolve_base(DEFAULT_BASE), Meter()
+async def throughput(loras: Path, compressed: Path, rounds: int) -> dict[str, Any]:
+    """Median tokens a second, and ratios with their quartiles."""
+    bundle = Bundle.read(compressed)
+    names = bundle.tasks
+    version = cache(lambda number: bundle.task(names[number]))
+    model, turns = resolve_base(DEFAULT_BASE), Turns()
     with tempfile.TemporaryDirectory() as folder:
         originals = linked(loras, names, Path(folder))
         configs = [json.loads((loras / name / CONFIG).read_text()) for name in names]
@@ -60,66 +48,64 @@ async def measure(loras: Path, compressed: Path, rounds: int) -> dict[str, Any]:
         engines: dict[str, Starter] = {
             BASE: partial(Plain.start, model, True),
             THEIRS: partial(Plain.start, model, True, originals, rank),
-            OURS: partial(Polyrex.start, model, True, inventory, version),
+            OURS: partial(Polyrex.start, model, True, bundle.inventory, version),
         }
         async with started(engines) as running:
-            for task in range(IN_FLIGHT):
+            for task in range(REQUESTS):
                 await running[THEIRS].add(task)
-            turns: list[Turn] = [
-                (BASE, running[BASE], "none", 0),
-                (OURS, running[OURS], "distinct", IN_FLIGHT),
-                (THEIRS, running[THEIRS], "distinct", IN_FLIGHT),
+            batches = [
+                Batch(BASE, running[BASE]),
+                Batch(OURS, running[OURS], "distinct", REQUESTS),
+                Batch(THEIRS, running[THEIRS], "distinct", REQUESTS),
             ]
-            await Meter().round(DECODE, turns)
-            for _ in range(rounds):
-                await meter.round(DECODE, turns)
-    compared = {f"{OURS}_vs_{other}": meter.compare(OURS, other) for other in (THEIRS, BASE)}
+            for into in turns.rounds(rounds):
+                await take_turns(into, DECODE, batches)
+    compared = {f"{OURS}_vs_{other}": turns.compare(OURS, other) for other in (THEIRS, BASE)}
     return {
         **{name: each.ratio for name, each in compared.items()},
         "quartiles": {name: list(each.quartiles) for name, each in compared.items()},
-        "tokens_per_second": meter.medians(),
+        "tokens_per_second": turns.medians(),
         "rounds": rounds,
     }
 
 
-def document(compressed: Sequence[Path], throughput: dict[str, Any]) -> dict[str, Any]:
-    """What `compress` and `compressed_scores` left in each folder, without the single tasks but for
-    the one that is served, and the throughputs of that."""
-    found = [
+def document(compressed: Sequence[Path], found: dict[str, Any]) -> dict[str, Any]:
+    """The report and the scores in each folder, and the throughputs `found` for the first one.
+
+    Single tasks are kept of the first folder only, which is the one that is served.
+    """
+    written = [
         [json.loads((folder / f"{name}.json").read_text()) for name in ("report", "scores")]
         for folder in compressed
     ]
     ranks = {
-        str(report["rank"]): {key: each for key, each in report.items() if key != "by_task"}
-        | {"scores": {key: each for key, each in scores.items() if key != "by_lora"}}
-        for report, scores in found
+        str(compression["rank"]): without(compression, "by_task")
+        | {"scores": without(scores, "by_lora")}
+        for compression, scores in written
     }
-    report, scores = found[0]
-    tasks = {name: each | scores["by_lora"][name] for name, each in report["by_task"].items()}
-    served = {"rank": report["rank"], "by_task": tasks}
-    return {"ranks": ranks, "served": served | throughput, "machine": machine()}
+    compression, scores = written[0]
+    tasks = {name: each | scores["by_lora"][name] for name, each in compression["by_task"].items()}
+    served = {"rank": compression["rank"], "by_task": tasks}
+    return {"ranks": ranks, "served": served | found, "machine": machine()}
 
 
 def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """The last step of `make bench-compress`."""
+    parser = command_line(__doc__, rounds=8)
     parser.add_argument("--loras", type=Path, required=True, help="the originals")
     parser.add_argument(
         "--compressed",
         type=Path,
         nargs="+",
         required=True,
-        help="what compress wrote; the first is served",
+        help="folders of `polyrex compress`; the first is served",
     )
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file for the result")
     options = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    found = asyncio.run(measure(options.loras, options.compressed[0], options.rounds))
+    found = asyncio.run(throughput(options.loras, options.compressed[0], options.rounds))
     result = document(options.compressed, found)
-    options.out.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
-    del result["served"]["by_task"]
-    print(json.dumps(result))
+    last_line = result | {"served": without(result["served"], "by_task")}
+    report(result, options.out, last_line)
 
 
 if __name__ == "__main__":

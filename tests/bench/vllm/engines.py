@@ -1,14 +1,15 @@
-"""The engines that `make bench-vllm` compares, behind one way of asking them."""
+"""The engines that `make bench-vllm` compares, behind one protocol."""
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,49 +20,51 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from bench.serving import random_task
+from bench.cases import RANK, REQUESTS
 from polyrex.adapters.files.inventory import Inventory
-from polyrex.adapters.files.registry import TaskVersion
-from polyrex.server.config import VllmConfig
+from polyrex.adapters.files.task import TaskVersion
+from polyrex.server.config import VllmEngineConfig
 from polyrex.server.engines.base import GenerationRequest, SamplingParams
 from polyrex.server.engines.vllm.engine import VllmEngine
+from support.random_inventory import make_task
 
-from .adapters import RANK, TARGETS
-
-IN_FLIGHT = 32
 CONTEXT = 1024
-SIZES = VllmConfig(max_context=CONTEXT, kv_cache_bytes=1 << 30)  # five engines at once
+LORA_LAYERS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+"""The layers of vLLM's model that carry the seven projections."""
+SIZES = VllmEngineConfig(max_context=CONTEXT, kv_cache_bytes=1 << 30)  # five engines at once
 
 
 class Contender(Protocol):
-    """An engine that answers requests of numbered tasks; None is the base model."""
+    """An engine that answers requests for numbered tasks; None is the base model."""
 
     def answer(self, prompt: list[int], new: int, task: int | None) -> AsyncGenerator[int, None]:
-        """Numbers of tokens as they come."""
+        """Generate `new` tokens; yields the size of each chunk."""
 
     async def stop(self) -> None: ...
 
 
 class Plain:
-    """vLLM itself, with LoRA off or with its own multi-LoRA."""
+    """vLLM alone, with LoRA off or with its own multi-LoRA."""
 
-    def __init__(self, engine: AsyncLLM, adapters: Path | None) -> None:
+    def __init__(self, engine: AsyncLLM, loras: Path | None) -> None:
         self._engine = engine
-        self._adapters = adapters
+        self._loras = loras
         self._numbers = itertools.count()
 
     @classmethod
     async def start(
-        cls, model: str, eager: bool, adapters: Path | None = None, rank: int = RANK
+        cls, model: str, eager: bool, loras: Path | None = None, rank: int = RANK
     ) -> Plain:
+        """Start with LoRA off, or with the LoRAs in the folders `loras/t0`, `loras/t1`, ..."""
         lora: dict[str, Any] = {}
-        if adapters is not None:  # a third slower where target modules are not named
+        if loras is not None:
+            # Without lora_target_modules, it would be a third slower.
             lora = {
                 "enable_lora": True,
-                "max_loras": IN_FLIGHT,
-                "max_cpu_loras": IN_FLIGHT,
+                "max_loras": REQUESTS,
+                "max_cpu_loras": REQUESTS,
                 "max_lora_rank": rank,
-                "lora_target_modules": list(TARGETS),
+                "lora_target_modules": list(LORA_LAYERS),
             }
         arguments = AsyncEngineArgs(
             model=model,
@@ -73,13 +76,13 @@ class Plain:
             kv_cache_memory_bytes=SIZES.kv_cache_bytes,
             **lora,
         )
-        return cls(await asyncio.to_thread(AsyncLLM.from_engine_args, arguments), adapters)
+        return cls(await asyncio.to_thread(AsyncLLM.from_engine_args, arguments), loras)
 
     def _lora(self, task: int) -> LoRARequest:
-        return LoRARequest(f"t{task}", task + 1, str(self._adapters / f"t{task}"))  # type: ignore[operator]
+        return LoRARequest(f"t{task}", task + 1, str(self._loras / f"t{task}"))  # type: ignore[operator]
 
     async def add(self, task: int) -> float:
-        """Load an adapter; seconds."""
+        """Load a task's LoRA; returns the seconds that it took."""
         started = time.perf_counter()
         await self._engine.add_lora(self._lora(task))
         return time.perf_counter() - started
@@ -105,7 +108,7 @@ class Plain:
 
 
 class Polyrex:
-    """polyrex on vLLM; `version` makes a numbered task's version, by default a random one."""
+    """polyrex on vLLM; `version` returns a numbered task's version."""
 
     def __init__(self, engine: VllmEngine, version: Callable[[int], TaskVersion]) -> None:
         self._engine = engine
@@ -119,10 +122,11 @@ class Polyrex:
         inventory: Inventory,
         version: Callable[[int], TaskVersion] | None = None,
     ) -> Polyrex:
+        """Start with random tasks, unless `version` names others."""
         config = replace(SIZES, eager=eager)
         engine = VllmEngine(model, inventory, config, "bfloat16")
         await engine.start()
-        return cls(engine, version or partial(random_task, inventory))
+        return cls(engine, version or cache(partial(make_task, inventory)))
 
     async def answer(
         self, prompt: list[int], new: int, task: int | None
@@ -136,3 +140,21 @@ class Polyrex:
 
     async def stop(self) -> None:
         await self._engine.stop()
+
+
+Starter = Callable[[], Awaitable[Any]]
+
+
+@asynccontextmanager
+async def started(engines: dict[str, Starter]) -> AsyncGenerator[dict[str, Any], None]:
+    """Start engines by name; they are stopped at the end, whatever happens."""
+    running: dict[str, Any] = {}
+    try:
+        for name, start in engines.items():
+            print(f"starting {name}", flush=True)
+            running[name] = await start()
+        yield running
+    finally:
+        for engine in running.values():
+            await engine.stop()
+        gc.collect()

@@ -1,4 +1,4 @@
-"""The compiled operators are built once, and done without where they cannot be."""
+"""The compiled operators are built once; without a compiler, PyTorch stands in."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from polyrex.kernels.cpu.build import why_not_compiled
 PROGRAM = """
 import torch
 from polyrex.adapters.methods.registry import make_experts
-from polyrex.adapters.serving.serving import Slice, serve_layer
+from polyrex.adapters.serving.builder import LayerBuilder
+from polyrex.adapters.serving.layers import Slice
 from polyrex.adapters.spec import AdapterSpec, TargetModule
 from polyrex.kernels.cpu.build import why_not_compiled
 
 experts = make_experts(AdapterSpec("lora"), TargetModule("m", 8, 8))
 experts.reset(torch.Generator())
-layer = serve_layer([Slice.whole(0, experts)], torch.float32, torch.device("cpu"))
+layer = LayerBuilder(torch.float32, torch.device("cpu"), 0).build([Slice.whole(0, experts)])
 print(type(layer).__name__, "|", why_not_compiled())
 """
 

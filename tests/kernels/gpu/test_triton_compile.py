@@ -1,4 +1,4 @@
-"""The committed table of what the Triton kernels need, and the compilation behind it."""
+"""The committed table of the resources of Triton kernels, and the compilation behind it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TABLE = Path(__file__).parents[2] / "results" / "triton_resources.md"
 
 
 def rows() -> list[tuple[str, ...]]:
-    """The cells of the committed table, without its head."""
+    """The cells of the committed table, without its header."""
     lines = [line for line in TABLE.read_text().splitlines() if line.startswith("|")]
     return [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines[2:]]
 

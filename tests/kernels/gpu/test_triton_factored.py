@@ -1,4 +1,4 @@
-"""The factored Triton kernels against the materialised tensor products."""
+"""The factored Triton kernels, against materialised tensor products."""
 
 from __future__ import annotations
 
@@ -8,15 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from polyrex.adapters.methods.tensor_product import (
-    FactoredSide,
-    factor_leaves,
-    leaf_size,
-    tensor_factor,
-)
+from polyrex.adapters.methods.tensor_product import FactoredSide, factor_leaves, tensor_factor
 from polyrex.adapters.spec import Norm
 from polyrex.kernels.gpu import factored as triton_factored
 from polyrex.kernels.gpu.factored import factored_expand, factored_shrink
+from polyrex.kernels.leaf_size import leaf_size
 from support.cases import Popularity, relative_rms, task_of_token
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
@@ -24,7 +20,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 
 @dataclass(frozen=True)
 class FactoredCase:
-    """Both sides of one module; E experts share all tokens, or else each token has its task's."""
+    """Both sides of one module: of E experts for all tokens, or else of each token's task."""
 
     tokens: int
     d_in: int
@@ -70,7 +66,7 @@ pytestmark = pytest.mark.usefixtures("scratch_of_nans")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What both kernels read, and the dense sides that it stands for."""
+    """The arguments of both kernels, and the dense sides that the leaves stand for."""
 
     x: Tensor
     y: Tensor
@@ -87,7 +83,7 @@ class Inputs:
 
 
 def inputs_on(device: torch.device, case: FactoredCase, dtype: torch.dtype) -> Inputs:
-    """Random leaves; the sides of tokens as the routing of the case has it."""
+    """Random inputs, routed as the case says."""
     generator = torch.Generator().manual_seed(0)
     sets = case.experts or case.tasks
 

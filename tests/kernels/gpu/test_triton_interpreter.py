@@ -1,4 +1,4 @@
-"""Runs the tests of the Triton kernels where there is no GPU."""
+"""Runs the tests of the Triton kernels on machines without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers on the Triton kernels against the formula, packed and cut."""
+"""Layers on the Triton kernels, of packed and of cut modules, against the formula."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from polyrex.adapters.methods.registry import make_experts
-from polyrex.adapters.serving.serving import Slice, serve_layer
+from polyrex.adapters.serving.builder import LayerBuilder
+from polyrex.adapters.serving.layers import Slice
 from polyrex.adapters.spec import AdapterSpec, TargetModule
-from polyrex.kernels.cpu.rank_space import LayerModule
 from polyrex.kernels.gpu.layers import (
     TritonFactoredLayer,
     TritonLeafLayer,
     TritonPairSpaceLayer,
     TritonRankSpaceLayer,
 )
+from polyrex.kernels.modules import LayerModule
 from polyrex.kernels.rank_space import rank_space_reference
 from polyrex.kernels.routing import StepRouting
 from support.cases import RankSpaceCase, rank_space_inputs, relative_rms
@@ -73,7 +74,7 @@ def test_pair_space_layer(dtype: torch.dtype, device: torch.device) -> None:
     ],
     ids=lambda value: getattr(value, "method", ""),
 )
-def test_what_an_engine_serves_on_a_gpu(
+def test_layers_that_an_engine_serves_on_a_gpu(
     spec: AdapterSpec, layer: type, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Two packed modules, with tokens of three tasks and of the base model."""
@@ -86,7 +87,7 @@ def test_what_an_engine_serves_on_a_gpu(
     for parameter in (p for own in experts.values() for p in own.parameters()):
         torch.nn.init.normal_(parameter, std=0.7)
     slices = [replace(Slice.whole(i, own), columns=columns[i]) for i, own in experts.items()]
-    served = serve_layer(slices, dtype, torch.device("cuda"))
+    served = LayerBuilder(dtype, torch.device("cuda"), 0).build(slices)
     assert type(served) is layer
     weights = experts[0].route(spec, torch.randn(4, 2, experts[0].routing_size(spec))).to(device)
     weights[1] = 0  # the base model

@@ -1,4 +1,4 @@
-"""T-REX's Triton kernel against its formula, written out."""
+"""The Triton kernel of T-REX, against its formula written out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 
 @dataclass(frozen=True)
 class PairCase:
-    """T tokens, I and J rank-one experts; no J is the diagonal form."""
+    """T tokens, I and J rank-one experts; the diagonal form has no J."""
 
     tokens: int
     d_in: int

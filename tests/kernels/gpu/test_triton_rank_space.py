@@ -1,4 +1,4 @@
-"""The shared path's Triton kernels against the slow twin."""
+"""The Triton kernels of the shared path, against the slow twin."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("scratch_of_nans")
 
 
 def adapted(y: Tensor, x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
-    """y + delta by the kernels, in a slice of a wider tensor, as a packed projection's output."""
+    """y + delta by the kernels, in a slice of a wider tensor, like a packed projection's output."""
     tokens, d_out = y.shape
     packed = y.new_full((tokens, d_out + 8), 3)
     packed[:, 3:-5] = y

@@ -1,4 +1,4 @@
-"""The roofline model: formulas against numbers worked out by hand, and against the adapters."""
+"""The roofline model, against numbers worked out by hand and against the adapters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from polyrex.adapters.methods import tensor_product
 from polyrex.adapters.methods.registry import make_experts, method_class
 from polyrex.adapters.model.parameter_counts import base_targets, count_parameters
 from polyrex.adapters.spec import AdapterSpec, TargetModule
@@ -18,8 +17,8 @@ from polyrex.kernels.roofline.roofline import (
     PATHS,
     AdapterSize,
     DeviceLimits,
-    Path,
     Product,
+    ServingPath,
     Step,
     StepCost,
     adapter_products,
@@ -100,7 +99,7 @@ def test_tensorpoly_2_costs_what_it_does_by_hand() -> None:
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-def test_packed_layers_read_their_input_once(path: Path) -> None:
+def test_packed_layers_read_their_input_once(path: ServingPath) -> None:
     packed = path(Projection("packed", 4, (6, 5)), STEP, SIZE)
     apart = [
         product
@@ -162,10 +161,10 @@ def test_break_even_is_near_the_experts_where_memory_decides(experts: int) -> No
 
 @pytest.mark.parametrize("path", [roofline.separate, roofline.composed_anew])
 @pytest.mark.parametrize("device", [GPUS["l40s"], DeviceLimits(20e9, 0.5e12)])
-def test_break_even_is_the_first_dearer_mix(path: Path, device: DeviceLimits) -> None:
+def test_break_even_is_the_first_dearer_mix(path: ServingPath, device: DeviceLimits) -> None:
     size = AdapterSize(experts=5, rank=3)
 
-    def cost(path: Path, distinct: int) -> float:
+    def cost(path: ServingPath, distinct: int) -> float:
         step = replace(ONE_EACH, distinct=distinct)
         return StepCost.of(adapter_products(path, SMOLLM2, step, size), device).seconds
 
@@ -241,12 +240,6 @@ def test_tensorpoly_1_serves_the_operands_that_its_footprint_counts() -> None:
     expected = sum(tensor.numel() * tensor.itemsize for tensor in operands)
     found = footprints(one_layer, AdapterSize(experts=5, rank=3))["poly, tensorpoly-1"]
     assert found.experts == expected
-
-
-@pytest.mark.parametrize("order", [1, 2, 3, 4])
-@pytest.mark.parametrize("dimension", [1, 2, 16, 17, 81, 192, 576, 1536, 4096, 14336, 28672])
-def test_leaf_size_is_that_of_the_adapters(dimension: int, order: int) -> None:
-    assert roofline.leaf_size(dimension, order) == tensor_product.leaf_size(dimension, order)
 
 
 def test_the_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

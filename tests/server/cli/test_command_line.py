@@ -7,24 +7,26 @@ import socket
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from polyrex.server.cli.main import COMMANDS, command_line
-from polyrex.server.cli.serve import default_tasks_folder
+from polyrex.server.cli.main import COMMANDS
+from polyrex.server.config import default_tasks_folder
 from polyrex.server.errors import StartError
 from polyrex.server.launch.loading import shipped_inventory
 from polyrex.server.launch.process import bind, check_exposure
+from support.command_line import polyrex
 
 
 def test_help_names_every_command() -> None:
-    done = CliRunner().invoke(command_line(COMMANDS), ["--help"])
+    done = polyrex("--help")
     assert done.exit_code == 0
     assert all(name in done.stdout for name in COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name: str) -> None:
-    assert CliRunner().invoke(command_line([name]), [name, "--help"]).exit_code == 0
+    done = polyrex(name, "--help")
+    assert done.exit_code == 0
+    assert f"Usage: polyrex {name}" in done.stdout
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])

@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from transformers import LlamaConfig, MixtralConfig, OPTConfig, PretrainedConfig
-from typer.testing import CliRunner
 
 from polyrex.kernels.roofline import device_limits
 from polyrex.kernels.roofline.model_shapes import MODELS, ModelShape
 from polyrex.kernels.roofline.roofline import GPUS, DeviceLimits
 from polyrex.server.cli import plan as cli_plan
-from polyrex.server.cli.main import command_line
+from support.command_line import polyrex
 
-README = (Path(__file__).parents[3] / "README.md").read_text()
+ROOT = Path(__file__).parents[3]
+PLANNING = ROOT / "docs" / "planning.md"
 TINY: dict[str, Any] = {
     "num_hidden_layers": 3,
     "hidden_size": 64,
@@ -29,15 +28,15 @@ TINY: dict[str, Any] = {
 
 
 def run(*arguments: str) -> str:
-    done = CliRunner().invoke(command_line(["plan"]), ["plan", *arguments])
+    done = polyrex("plan", *arguments)
     assert done.exit_code == 0, done.output
     return done.stdout
 
 
 def refusal(*arguments: str) -> str:
-    done = CliRunner().invoke(command_line(["plan"]), ["plan", *arguments])
+    done = polyrex("plan", *arguments)
     assert done.exit_code == 2
-    return " ".join(done.stderr.replace("│", " ").split())
+    return done.stderr
 
 
 def saved(config: PretrainedConfig, folder: Path) -> str:
@@ -45,9 +44,11 @@ def saved(config: PretrainedConfig, folder: Path) -> str:
     return str(folder)
 
 
-def test_readme_shows_what_the_command_prints() -> None:
+def test_the_docs_show_what_the_command_prints() -> None:
     command = "polyrex plan --model meta-llama/Llama-3.1-8B --tasks 10000 --gpu h100"
-    shown = README.split(f"$ {command}\n")[1].split("```")[0]
+    pages = [path.read_text() for path in (ROOT / "README.md", PLANNING) if path.exists()]
+    (page,) = (page for page in pages if f"$ {command}\n" in page)
+    shown = page.split(f"$ {command}\n")[1].split("```")[0]
     printed = [line.rstrip() for line in run(*command.split()[2:]).splitlines()]
     assert [line.rstrip() for line in shown.splitlines()] == printed
 
@@ -124,12 +125,12 @@ def test_a_folder_gives_its_shape(tmp_path: Path) -> None:
 def test_a_model_of_another_build_is_refused(
     config: PretrainedConfig, why: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(typer.BadParameter, match=why):
+    with pytest.raises(cli_plan.PlanError, match=why):
         cli_plan.model_shape(saved(config, tmp_path))
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(typer.BadParameter, match="neither"):
+    with pytest.raises(cli_plan.PlanError, match="neither"):
         cli_plan.model_shape(str(tmp_path))
 
 

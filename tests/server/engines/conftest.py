@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from polyrex.adapters.files.inventory import Inventory, load_experts
-from polyrex.adapters.files.registry import TaskInfo, TaskVersion
-from polyrex.adapters.files.router import read_router
+from polyrex.adapters.files.task import TaskVersion
 from polyrex.adapters.model.attach import AdaptedModel
 from polyrex.adapters.model.base_model import load_base
 from polyrex.server.engines.embedded.engine import EmbeddedEngine
@@ -47,7 +46,7 @@ def make_engine(adapted: AdaptedModel, random_inventory: Inventory) -> MakeEngin
 
     def make(**sizes: int) -> EmbeddedEngine:
         config = replace(SMALL, **sizes)
-        return EmbeddedEngine(adapted, adapted.model, random_inventory, config)
+        return EmbeddedEngine(adapted, random_inventory, config)
 
     return make
 
@@ -66,9 +65,6 @@ def make_task(make_router: MakeRouter, random_inventory: Inventory) -> MakeTask:
     """Makes a task version with a random router: `make_task(seed)`."""
 
     def make(seed: int) -> TaskVersion:
-        data = make_router(seed)
-        router = read_router(data, "test", random_inventory)
-        info = TaskInfo(f"task-{seed}", 1, router.sha256, len(data), 0.0, "", {}, {})
-        return TaskVersion(info, router)
+        return TaskVersion.from_bytes(f"task-{seed}", make_router(seed), random_inventory)
 
     return make

@@ -11,20 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from polyrex.adapters.files.bundle import Bundle
 from polyrex.adapters.files.inventory import Inventory, load_experts, read_inventory
-from polyrex.adapters.files.registry import TaskInfo, TaskVersion
-from polyrex.adapters.files.router import read_router
+from polyrex.adapters.files.task import TaskVersion
+from polyrex.adapters.methods.rates import LearningRates
 from polyrex.adapters.model.attach import AdaptedModel, attach, find_targets
 from polyrex.adapters.model.base_model import load_base
-from polyrex.adapters.model.intuition import EncoderIdentity, Intuition, gates_of
+from polyrex.adapters.model.intuition import EncoderIdentity, Intuition
+from polyrex.adapters.rows import Row
 from polyrex.adapters.spec import AdapterSpec
-from polyrex.server.config import EngineConfig
+from polyrex.server.config import EmbeddedConfig
 from polyrex.server.engines.base import SamplingParams
 from polyrex.server.engines.embedded.engine import EmbeddedEngine
 from polyrex.training.data.batches import Example
-from polyrex.training.data.tasks import Row, Task
-from polyrex.training.loop.loop import LoopConfig, run
-from polyrex.training.loop.optimiser import LearningRates
+from polyrex.training.data.tasks import Task
+from polyrex.training.loop.run import LoopConfig, run
 from polyrex.training.model.multi_task import MultiTaskModel
 from polyrex.training.train import write_results
 from support.engine_calls import Answer, Asked, at_once, started
@@ -82,8 +83,8 @@ def train(base_path: str, spec: AdapterSpec, folder: Path) -> Trained:
     inventory = read_inventory(folder / "inventory.safetensors")
     logprobs: dict[str | None, list[Tensor]] = {None: [said(model, ids) for ids in PROMPTS]}
     for number, name in enumerate(TASKS):
-        model.set_routing(torch.tensor([number]))
-        logprobs[name] = [said(model, ids) for ids in PROMPTS]
+        with model.routed(torch.tensor([number])):
+            logprobs[name] = [said(model, ids) for ids in PROMPTS]
     tasks: dict[str | None, TaskVersion | None] = {name: read(inventory, name) for name in TASKS}
     return Trained(inventory, {None: None, **tasks}, logprobs)
 
@@ -94,7 +95,7 @@ def attached(base_path: str, spec: AdapterSpec) -> AdaptedModel:
     if spec.intuition:
         centroids = torch.eye(spec.intuition, 5)
         identity = EncoderIdentity("none", 5, "0" * 64)
-        intuition = Intuition(centroids, identity, gates_of(spec))
+        intuition = Intuition(centroids, identity, spec.gates)
         intuition.reset(torch.Generator().manual_seed(1))
     return attach(base, spec, find_targets(base), seed=0, intuition=intuition)
 
@@ -107,9 +108,7 @@ def said(model: MultiTaskModel, ids: tuple[int, ...]) -> Tensor:
 
 
 def read(inventory: Inventory, name: str) -> TaskVersion:
-    data = (inventory.path.parent / "routers" / f"{name}.safetensors").read_bytes()
-    router = read_router(data, name, inventory)
-    return TaskVersion(TaskInfo(name, 1, router.sha256, len(data), 0.0, "", {}, {}), router)
+    return Bundle(inventory).task(name)
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +152,8 @@ def test_embedded_engine_serves_what_was_trained(
 ) -> None:
     async def ask(found: Trained) -> list[Answer]:
         adapted = load_experts(found.inventory, load_base(small_base, torch.float32))
-        config = EngineConfig(kv_cache_tokens=4096, slots=16)
-        engine = EmbeddedEngine(adapted, adapted.model, found.inventory, config)
+        config = EmbeddedConfig(kv_cache_tokens=4096, slots=16)
+        engine = EmbeddedEngine(adapted, found.inventory, config)
         async with started(engine):
             return await at_once(engine, asked(found), SCORED)
 

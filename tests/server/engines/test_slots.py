@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from polyrex.adapters.files.registry import TaskVersion
+from polyrex.adapters.files.task import TaskVersion
 from polyrex.server.engines.slots import SlotCache
 from support.engine_calls import MakeTask
 

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import psutil
 import pytest
-from typer.testing import CliRunner
 
-from polyrex.server.cli.main import COMMANDS, command_line
 from polyrex.server.requests import fitting
+from support.command_line import Finished, polyrex
 from support.fake_server import Serve, Served
 
 if TYPE_CHECKING:
@@ -173,20 +172,42 @@ def test_name_that_no_task_may_have_is_400(serve: Serve, name: str, message: str
     assert message in response.json()["error"]["message"]
 
 
-def polyrex_fit(served: Served, rows: Path) -> Any:
-    command = ["fit", "--task", "fitted", "--rows", str(rows), "--instruction", "Is it?"]
-    return CliRunner().invoke(command_line(COMMANDS), [*command, "--server", served.url])
+def polyrex_fit(served: Served, rows: Path, *options: str) -> Finished:
+    command = ("fit", "--task", "fitted", "--rows", rows, "--instruction", "Is it?", *options)
+    return polyrex(*command, "--server", served.url)
 
 
 def test_command_fits_and_prints_the_task(served: Served, play: Play, tmp_path: Path) -> None:
     play({"event": "progress", "step": 1, "steps": 2, "loss": 1.5}, SCORED)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps(row | {"split": "train"}) for row in ROWS) + "\n")
-    done = polyrex_fit(served, rows)
+    done = polyrex_fit(served, rows, "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["task"]["name"] == "fitted"
-    again = polyrex_fit(served, rows)
+    again = polyrex_fit(served, rows, "--json")
     assert again.exit_code == 1
     assert "task_exists" in again.output
+    assert polyrex_fit(served, rows).stdout.startswith("failed: task fitted")
     rows.write_text("no row\n")
     assert "rows.jsonl:1: not a row" in polyrex_fit(served, rows).output
+
+
+def test_redirected_command_prints_a_line_for_each_event_and_a_summary(
+    served: Served, play: Play, tmp_path: Path
+) -> None:
+    play({"event": "progress", "step": 1, "steps": 2, "loss": 1.5}, SCORED)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(map(json.dumps, ROWS)))
+    done = polyrex_fit(served, rows)
+    assert done.stdout.startswith("registered: task fitted, version 1")
+    scores = "rank_classification_accuracy 0.5 on 2 rows held out, base model 0.25"
+    assert done.stderr.splitlines() == ["step 1 of 2: loss 1.500", f"scored: {scores}"]
+
+
+def test_command_says_why_a_task_is_refused(served: Served, play: Play, tmp_path: Path) -> None:
+    play(SCORED | {"adapted": 0.25})
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(map(json.dumps, ROWS)))
+    done = polyrex_fit(served, rows)
+    assert done.exit_code == 1
+    assert done.stdout.startswith("refused: the fitted task does no better")

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from polyrex.adapters.files.inventory import Inventory, read_inventory, write_inventory
 from polyrex.adapters.model.attach import attach, find_targets
-from polyrex.adapters.model.intuition import EncoderIdentity, Intuition, gates_of
+from polyrex.adapters.model.intuition import EncoderIdentity, Intuition
 from polyrex.adapters.model.sentence_encoder import SentenceEncoder
 from polyrex.adapters.spec import AdapterSpec
 from polyrex.server.errors import StartError
@@ -33,7 +33,7 @@ def inventory(encoder: SentenceEncoder, tmp_path: Path) -> Inventory:
     """A small T-REX inventory whose centroids lie in the packaged encoder's space."""
     texts = ["films", "grammar", "arithmetic"]
     identity = EncoderIdentity(encoder.name, 384, encoder.identity)
-    intuition = Intuition(encoder.embed(texts), identity, gates_of(SPEC))
+    intuition = Intuition(encoder.embed(texts), identity, SPEC.gates)
     intuition.reset(torch.Generator().manual_seed(0))
     config = LlamaConfig(
         hidden_size=24,

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from polyrex.adapters.errors import DataError
-from polyrex.training.data.tasks import Row, load_tasks, prompt_of
+from polyrex.adapters.rows import Row
+from polyrex.training.data.tasks import load_tasks, prompt_of
 
 SHIPPED_ROWS = Path(__file__).parents[3] / "training" / "rows"
 
@@ -47,8 +48,11 @@ def test_missing_manifest_is_named(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{", r"colour\.jsonl:1: not a row"),
-        ('{"split": "train", "input": "a"}', r"colour\.jsonl:1: not a row: KeyError\('answer'\)"),
-        ('{"split": "train", "input": 1, "answer": "a"}', "must be strings"),
+        ('{"split": "train", "input": "a"}', r"colour\.jsonl:1: `answer` is missing"),
+        (
+            '{"split": "train", "input": 1, "answer": "a"}',
+            "`input` must be text, got 1",
+        ),
         (
             '{"split": "train", "input": "i", "answer": "a", "options": ["b"]}',
             "answer 'a' is not among its options",

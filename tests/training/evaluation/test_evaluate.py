@@ -20,7 +20,6 @@ from polyrex.training.evaluation.evaluate import (
     evaluate,
     greedy_texts,
     option_scores,
-    routed,
 )
 
 MakeAdapted = Callable[[AdapterSpec], AdaptedModel]
@@ -63,7 +62,7 @@ def test_options_share_a_prompt_and_keep_their_scores(
         Question(tuple(prompt), tuple(encode_answer(tokenizer, text) for text in texts))
         for prompt, texts in zip(prompts, options, strict=True)
     ]
-    with routed(adapted, logits):
+    with adapted.routed(logits):
         found = option_scores(adapted, questions)
         for question, scores in zip(questions, found, strict=True):
             plain = [
@@ -81,7 +80,7 @@ def test_generated_text_is_greedy_up_to_the_newline(
     prompts = [tokenizer.encode(text) for text in ("The sky is", "Two and three make", "A")]
     base: Any = adapted.model
     expected = []
-    with routed(adapted, logits):
+    with adapted.routed(logits):
         found = greedy_texts(adapted, tokenizer, prompts, 6)
         for prompt in prompts:
             tokens = list(prompt)
@@ -107,7 +106,7 @@ def test_exact_match_compares_stripped_text(
         things = [str(tokenizer.decode(prompt)).split("\n")[1] for prompt in prompts]
         return [f" {answers[t]}{'!' if t == wrong else ''}  " for t in things]
 
-    monkeypatch.setattr("polyrex.training.evaluate.greedy_texts", said)
+    monkeypatch.setattr("polyrex.training.evaluation.evaluate.greedy_texts", said)
     assert evaluate(adapted, tokenizer, task, logits).value == 0.5  # each thing comes twice
 
 
@@ -129,6 +128,6 @@ def test_standard_error_is_that_of_a_share() -> None:
 
 
 def test_routing_ends_with_its_block(adapted: AdaptedModel, logits: torch.Tensor) -> None:
-    with routed(adapted, logits):
+    with adapted.routed(logits):
         pass
-    assert adapted.context.step is None
+    assert all(layer.added is None for layer in adapted.layers)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
-from typer.testing import CliRunner, Result
 
 from bench.compress.scores import compare
 from polyrex.adapters.errors import DataError, SpecError
@@ -19,19 +18,15 @@ from polyrex.adapters.files.router import read_router
 from polyrex.adapters.methods.composed import LowRank
 from polyrex.adapters.model.attach import find_targets
 from polyrex.adapters.model.base_model import load_base
+from polyrex.adapters.model.routed_linear import AddComposed
 from polyrex.adapters.peft.lora import PeftLora, read_lora, write_lora
-from polyrex.server.cli.main import COMMANDS, command_line
-from polyrex.training.evaluation.evaluate import routed
-from polyrex.training.exchange.compress import compress, read_loras
-from polyrex.training.exchange.exchange import compress_loras
+from polyrex.training.exchange.compress import compress
+from polyrex.training.exchange.lora_folder import compress_loras, read_loras
+from support.command_line import polyrex
 
 ROWS = Path(__file__).parents[3] / "training" / "rows"
 INNER = 5
 """All LoRAs lie in a space of so many dimensions on either side of every module."""
-
-
-def polyrex(*arguments: object) -> Result:
-    return CliRunner().invoke(command_line(COMMANDS), [str(argument) for argument in arguments])
 
 
 @pytest.fixture
@@ -166,10 +161,10 @@ def test_command_compresses_a_folder_and_reports(
     lora = read_lora(tmp_path / "loras" / "task-1")
     path = tmp_path / "out" / "routers" / "task-1.safetensors"
     router = read_router(path.read_bytes(), str(path), inventory)
-    with torch.no_grad(), routed(adapted, router.logits):
+    with torch.no_grad(), adapted.routed(router.logits):
         found = model(input_ids=tokens).logits
         for target, layer in zip(adapted.targets, adapted.layers, strict=True):
-            layer.composed = lora.modules[target.name]
+            layer.added = AddComposed(lora.modules[target.name])
         expected = model(input_ids=tokens).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
 

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
 from polyrex.adapters.errors import DataError
+from polyrex.adapters.methods.rates import LearningRates
 from polyrex.adapters.methods.registry import METHODS
 from polyrex.adapters.model.attach import AdaptedModel
+from polyrex.adapters.rows import Row
 from polyrex.adapters.spec import AdapterSpec
 from polyrex.training.data.batches import Example, batch_indices, collate, encode_rows
-from polyrex.training.data.tasks import Row
-from polyrex.training.loop.loop import LoopConfig, StepRecord, run
-from polyrex.training.loop.optimiser import LearningRates
+from polyrex.training.loop.run import LoopConfig, StepRecord, run
 from polyrex.training.model.multi_task import MultiTaskModel
 
 MakeAdapted = Callable[[AdapterSpec], AdaptedModel]
@@ -58,7 +58,7 @@ def test_fresh_adapters_leave_the_base_models_loss(
     model = MultiTaskModel(make_adapted(SPEC), 2, seed=0)
     batch = collate(examples[:5], 0)
     found = model.loss(batch)
-    model.adapted.context.step = None
+    model.adapted.add_nothing()
     base: Any = model.adapted.model
     logits = base(**batch.inputs).logits
     rows = [F.cross_entropy(logits[i], batch.targets[i], reduction="mean") for i in range(5)]

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from polyrex.adapters.model.attach import AdaptedModel
 from polyrex.adapters.spec import AdapterSpec
 from polyrex.training.data.batches import Example
-from polyrex.training.loop.loop import LoopConfig, run
 from polyrex.training.loop.ranks import Ranks
+from polyrex.training.loop.run import LoopConfig, run
 from polyrex.training.model.multi_task import MultiTaskModel
 
 MakeAdapted = Callable[[AdapterSpec], AdaptedModel]
@@ -58,7 +58,7 @@ def test_two_processes_train_what_one_does(
         script = (
             "from pathlib import Path\n"
             "from polyrex.adapters.spec import AdapterSpec\n"
-            "from polyrex.training.loop.loop import LoopConfig\n"
+            "from polyrex.training.loop.run import LoopConfig\n"
             "from polyrex.training.train import TrainConfig, train\n"
             f"train(TrainConfig(Path({str(rows_folder)!r}), Path({str(tmp_path / name)!r}),\n"
             "    AdapterSpec('poly', rank=3, experts=4), "

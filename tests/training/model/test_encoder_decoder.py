@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase, T5Config, T5ForConditionalGeneration
 
 from polyrex.adapters.files.inventory import load_experts, read_inventory, write_inventory
+from polyrex.adapters.methods.rates import LearningRates
 from polyrex.adapters.model.attach import AdaptedModel, attach, find_targets
 from polyrex.adapters.model.base_model import load_base
 from polyrex.adapters.spec import AdapterSpec
 from polyrex.training.data.batches import Example
-from polyrex.training.loop.loop import LoopConfig, run
-from polyrex.training.loop.optimiser import LearningRates
+from polyrex.training.loop.run import LoopConfig, run
 from polyrex.training.model.multi_task import MultiTaskModel
 
 EVERYTHING = r".*\.(q|k|v|o|wi_0|wi_1|wo)"
@@ -64,7 +64,6 @@ def test_loss_is_that_of_the_model_itself(t5: Path, examples: list[Example]) -> 
     """A mean over rows of the mean over an answer's tokens, row by row, without any padding."""
     model = MultiTaskModel(adapted_t5(t5, SPECS[1]), 2, seed=0)
     found = model.loss(model.collate(examples[:5], 0))
-    model.release()
     base: Any = model.adapted.model
     losses = []
     for example in examples[:5]:

@@ -17,11 +17,11 @@ from polyrex.adapters.model.attach import find_targets
 from polyrex.adapters.model.base_model import load_base
 from polyrex.adapters.model.parameter_counts import count_parameters
 from polyrex.adapters.spec import AdapterSpec
-from polyrex.training.intuition.router_watch import RouterWatch
-from polyrex.training.loop.loop import LoopConfig, StepRecord
+from polyrex.training.loop.run import LoopConfig, StepRecord
 from polyrex.training.study import run as study
 from polyrex.training.study.plots import draw
 from polyrex.training.study.report import constant_answers, main_table, summarise
+from polyrex.training.study.router_watch import RouterWatch
 from polyrex.training.study.search import best_rates, search_rates, train_adapters
 from polyrex.training.study.setup import Bench
 from polyrex.training.study.variants import VARIANTS, StudyConfig, Variant, cell
@@ -222,11 +222,11 @@ def test_workers_end_with_a_study_that_is_killed(tmp_path: Path) -> None:
     script.write_text(
         "import multiprocessing, os, pathlib, time\n"
         "from concurrent.futures import ProcessPoolExecutor\n"
-        "from polyrex.training import study, study_plan\n"
+        "from polyrex.training.study import run, variants\n"
         "if __name__ == '__main__':\n"
-        "    config = study_plan.StudyConfig(*3 * [pathlib.Path()])\n"
+        "    config = variants.StudyConfig(*3 * [pathlib.Path()])\n"
         "    context = multiprocessing.get_context('spawn')\n"
-        "    pool = ProcessPoolExecutor(1, context, study._start_worker, (config,))\n"
+        "    pool = ProcessPoolExecutor(1, context, run._start_worker, (config,))\n"
         "    print(pool.submit(os.getpid).result(), flush=True)\n"
         "    pool.submit(time.sleep, 600).result()\n"
     )

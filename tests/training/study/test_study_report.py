@@ -13,8 +13,9 @@ from polyrex.adapters.methods.composed import LowRank
 from polyrex.adapters.model.attach import find_targets
 from polyrex.adapters.model.base_model import load_base
 from polyrex.adapters.model.parameter_counts import count_parameters
+from polyrex.adapters.rows import Row
 from polyrex.adapters.spec import AdapterSpec
-from polyrex.training.data.tasks import Row, Split, Task
+from polyrex.training.data.tasks import Split, Task
 from polyrex.training.study.claims import ONE_SEED, claims_table, judge
 from polyrex.training.study.plots import cosines
 from polyrex.training.study.report import (

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from polyrex.adapters.files.registry import TaskVersion
+from polyrex.adapters.files.task import TaskVersion
 from polyrex.kernels.routing import RoutingTable, StepRouting
 from polyrex.server.engines.embedded.engine import EmbeddedEngine
 from support.engine_calls import Answer, MakeEngine, MakeTask, PlainModel, complete, prompt, started

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from polyrex.adapters.files.registry import TaskVersion
+from polyrex.adapters.files.task import TaskVersion
 from polyrex.server.engines.base import GenerationRequest, SamplingParams
 from polyrex.server.engines.embedded.engine import EmbeddedEngine
 from polyrex.server.engines.embedded.paged_cache import PagedCache
@@ -32,8 +32,8 @@ async def idle(engine: EmbeddedEngine) -> None:
 def diverging(task: TaskVersion) -> TaskVersion:
     """A task whose every output is not a number."""
     info = replace(task.info, router_sha256="nan")
-    nan = torch.full_like(task.router.logits, float("nan"))
-    return TaskVersion(info, replace(task.router, logits=nan))
+    nan = torch.full_like(task.router.weights, float("nan"))
+    return TaskVersion(info, replace(task.router, weights=nan))
 
 
 def test_a_completion_ends_at_max_tokens(engine: EmbeddedEngine) -> None:
@@ -46,7 +46,7 @@ def test_end_of_sequence_stops_and_is_not_returned(
 ) -> None:
     whole = asyncio.run(complete(engine, prompt(1)))
     end = whole.ids[3]
-    monkeypatch.setattr(engine, "_eos", frozenset([end]))
+    monkeypatch.setattr(engine._runner, "_eos", frozenset([end]))
     answer = asyncio.run(complete(engine, prompt(1), None, replace(GREEDY, ignore_eos=False)))
     assert (answer.ids, answer.finish_reason) == (whole.ids[: whole.ids.index(end)], "stop")
 

@@ -12,12 +12,13 @@ from typing import Any
 import psutil
 import pytest
 
-from polyrex.adapters.files.registry import TaskVersion
+from polyrex.adapters.files.task import TaskVersion
 from polyrex.server.engines.base import GenerationRequest
 from polyrex.server.engines.vllm.engine import VllmEngine
 from polyrex.server.errors import EngineStopped
+from support.random_inventory import make_inventory, make_task
 from support.running_vllm import LONG, Running, running_vllm
-from support.small_model import SPECS, make_inventory, make_task
+from support.small_model import SPECS
 
 ROUTED = next(spec for spec in SPECS if spec.method == "tensorpoly-1")
 SECONDS = 60  # far more than it takes: a test that hangs should fail instead

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 
 from polyrex.adapters.files.inventory import Inventory
-from polyrex.adapters.files.registry import TaskVersion
+from polyrex.adapters.files.task import TaskVersion
 from polyrex.server.engines.base import SamplingParams
 from polyrex.server.engines.embedded.engine import EmbeddedEngine
-from polyrex.server.engines.vllm.engine import check_version
+from polyrex.server.engines.vllm.version import check_version
 from polyrex.server.errors import StartError
 from support.engine_calls import MakeTask, at_once, prompt
 from support.running_vllm import Running, running_vllm
@@ -71,6 +71,6 @@ def test_abandoned_request_gives_its_slot_back(vllm: Running, make_task: MakeTas
 
 
 def test_unsupported_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("polyrex.server.engines.vllm.engine.SUPPORTED_VERSIONS", ("9.9",))
+    monkeypatch.setattr("polyrex.server.engines.vllm.version.SUPPORTED_VERSIONS", ("9.9",))
     with pytest.raises(StartError, match=r"polyrex works with vLLM 9\.9"):
         check_version()

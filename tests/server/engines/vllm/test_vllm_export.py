@@ -17,8 +17,8 @@ from polyrex.adapters.files.inventory import load_experts
 from polyrex.adapters.model.base_model import load_base
 from polyrex.adapters.peft.lora import export_lora
 from polyrex.adapters.spec import AdapterSpec
-from polyrex.training.evaluation.evaluate import routed
-from support.small_model import SPECS, VOCABULARY, make_inventory, make_task, spec_id
+from support.random_inventory import make_inventory, make_task
+from support.small_model import SPECS, VOCABULARY, spec_id
 
 LORAS = {"lora", "poly", "mhr", "tlora", "tensorpoly-1", "tensorpoly-2"}
 EXPORTED = [spec for spec in SPECS if spec.method in LORAS or spec.form == "static"]
@@ -71,7 +71,7 @@ def test_vllm_serves_the_export_as_polyrex_computes_the_task(
     export_lora(inventory, task.router.logits, folder, small_base)
     found = said(multi_lora, LoRARequest(spec_id(spec), 1 + EXPORTED.index(spec), str(folder)))
     adapted = load_experts(inventory, load_base(small_base, torch.float32))
-    with routed(adapted, task.router.logits):
+    with adapted.routed(task.router.logits):
         torch.testing.assert_close(found, expected(adapted.model), rtol=0, atol=TOLERANCE)
-    with routed(adapted, other.router.logits if inventory.routing_shape[1] else None):
+    with adapted.routed(other.router.logits if inventory.routing_shape[1] else None):
         assert (found - expected(adapted.model)).abs().max() > 10 * TOLERANCE

@@ -20,12 +20,13 @@ from torch import Tensor
 from polyrex.adapters.files.inventory import Inventory, load_experts
 from polyrex.adapters.model.base_model import DEFAULT_BASE, load_base, load_tokenizer, resolve_base
 from polyrex.adapters.spec import AdapterSpec
-from polyrex.server.config import EngineConfig
+from polyrex.server.config import EmbeddedConfig
 from polyrex.server.engines.base import SamplingParams, Token
 from polyrex.server.engines.embedded.engine import EmbeddedEngine
 from support.engine_calls import Answer, Asked, at_once, prompt, started
+from support.random_inventory import make_inventory, make_task
 from support.running_vllm import Running, running_vllm
-from support.small_model import make_inventory, make_task, spec_id
+from support.small_model import spec_id
 
 pytestmark = pytest.mark.full
 
@@ -125,8 +126,8 @@ def embedded(base_path: str, inventories: dict[AdapterSpec, Inventory]) -> Embed
         adapted = load_experts(inventory, load_base(base_path, dtype))
 
         async def ask() -> list[Answer]:
-            config = EngineConfig(kv_cache_tokens=8192, slots=64)
-            async with started(EmbeddedEngine(adapted, adapted.model, inventory, config)) as engine:
+            config = EmbeddedConfig(kv_cache_tokens=8192, slots=64)
+            async with started(EmbeddedEngine(adapted, inventory, config)) as engine:
                 return await at_once(engine, requests(inventory, sampling), sampling)
 
         return asyncio.run(ask())

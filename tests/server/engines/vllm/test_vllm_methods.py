@@ -14,12 +14,13 @@ from polyrex.adapters.methods.registry import method_class
 from polyrex.adapters.model.attach import AdaptedModel
 from polyrex.adapters.model.base_model import load_base
 from polyrex.adapters.spec import AdapterSpec
-from polyrex.server.config import EngineConfig
+from polyrex.server.config import EmbeddedConfig
 from polyrex.server.engines.base import SamplingParams
 from polyrex.server.engines.embedded.engine import EmbeddedEngine
 from support.engine_calls import Answer, Asked, at_once, started
+from support.random_inventory import make_inventory, make_task
 from support.running_vllm import Running, cached_tokens, running_vllm
-from support.small_model import SPECS, VOCABULARY, make_inventory, make_task, spec_id
+from support.small_model import SPECS, VOCABULARY, spec_id
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 TASKS, PROMPTS = 8, 20
@@ -55,8 +56,8 @@ def embedded(small_base: str, inventories: Inventories) -> Embedded:
     async def ask(
         adapted: AdaptedModel, inventory: Inventory, asked: tuple[Asked, ...]
     ) -> list[Answer]:
-        config = EngineConfig(kv_cache_tokens=8192, slots=64)
-        async with started(EmbeddedEngine(adapted, adapted.model, inventory, config)) as engine:
+        config = EmbeddedConfig(kv_cache_tokens=8192, slots=64)
+        async with started(EmbeddedEngine(adapted, inventory, config)) as engine:
             return await at_once(engine, asked, GREEDY)
 
     known: dict[tuple[AdapterSpec, tuple[tuple[Prompt, str | None], ...]], list[Answer]] = {}

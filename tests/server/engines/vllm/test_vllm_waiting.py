@@ -12,8 +12,8 @@ import pytest
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from polyrex.adapters.files.inventory import Inventory
-from polyrex.adapters.files.registry import TaskVersion
-from polyrex.server.config import VllmConfig
+from polyrex.adapters.files.task import TaskVersion
+from polyrex.server.config import VllmEngineConfig
 from polyrex.server.engines.base import SamplingParams
 from polyrex.server.engines.vllm.engine import VllmEngine
 from polyrex.server.errors import EngineError, EngineStopped
@@ -85,7 +85,7 @@ async def settle() -> None:
 
 @pytest.fixture
 def waiting(base_path: str, random_inventory: Inventory) -> Waiting:
-    engine = VllmEngine(base_path, random_inventory, VllmConfig(slots=2), "float32")
+    engine = VllmEngine(base_path, random_inventory, VllmEngineConfig(slots=2), "float32")
     stand_in: Any = StandIn()
     engine._engine, engine._down = stand_in, None
     return Waiting(engine, stand_in)

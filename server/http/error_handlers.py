@@ -1,0 +1,128 @@
+"""The one place where any error becomes an HTTP response, in the shape of OpenAI's errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any, NamedTuple
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from polyrex.adapters.errors import (
+    FileError,
+    InvalidTaskName,
+    InventoryMismatch,
+    PolyrexError,
+    TaskExists,
+    UnknownTask,
+)
+from polyrex.server.errors import (
+    AuthenticationError,
+    ClientDisconnected,
+    EngineError,
+    EngineStopped,
+    FitFailed,
+    HeadersTooLarge,
+    InvalidRequest,
+    Overloaded,
+    TaskDamaged,
+    TooLarge,
+    UnknownModel,
+    UnsupportedBody,
+)
+
+
+class _Answer(NamedTuple):
+    status: int
+    type: str
+    code: str
+    headers: Mapping[str, str] = {}  # a Mapping: the default is shared and must not change
+
+
+_RETRY = {"Retry-After": "1"}
+_ANSWERS: Mapping[type[Exception], _Answer] = {
+    InvalidRequest: _Answer(400, "invalid_request_error", "invalid_request"),
+    InvalidTaskName: _Answer(400, "invalid_request_error", "invalid_task_name"),
+    AuthenticationError: _Answer(
+        401, "authentication_error", "invalid_api_key", {"WWW-Authenticate": "Bearer"}
+    ),
+    UnknownTask: _Answer(404, "not_found_error", "task_not_found"),
+    UnknownModel: _Answer(404, "not_found_error", "model_not_found"),
+    TaskExists: _Answer(409, "conflict_error", "task_exists"),
+    InventoryMismatch: _Answer(409, "conflict_error", "inventory_mismatch"),
+    TooLarge: _Answer(413, "invalid_request_error", "body_too_large", {"Connection": "close"}),
+    UnsupportedBody: _Answer(415, "invalid_request_error", "unsupported_media_type"),
+    FileError: _Answer(422, "invalid_request_error", "invalid_router"),
+    Overloaded: _Answer(429, "overloaded_error", "overloaded", _RETRY),
+    HeadersTooLarge: _Answer(
+        431, "invalid_request_error", "headers_too_large", {"Connection": "close"}
+    ),
+    ClientDisconnected: _Answer(499, "invalid_request_error", "client_disconnected"),
+    EngineError: _Answer(500, "server_error", "engine_error"),
+    FitFailed: _Answer(500, "server_error", "fit_failed"),
+    TaskDamaged: _Answer(500, "server_error", "task_damaged"),
+    EngineStopped: _Answer(503, "server_error", "engine_stopped", _RETRY),
+}
+_UNEXPECTED = _Answer(500, "server_error", "internal_error")
+
+
+def error_body(message: str, kind: str, param: str | None, code: str) -> dict[str, Any]:
+    """The JSON body of an error response."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_response(error: Exception) -> JSONResponse:
+    """The response to any error. An unexpected error reveals nothing about itself."""
+    answer = next((_ANSWERS[cls] for cls in type(error).__mro__ if cls in _ANSWERS), _UNEXPECTED)
+    message = "the server failed on this request" if answer is _UNEXPECTED else str(error)
+    body = error_body(message, answer.type, getattr(error, "param", None), answer.code)
+    return JSONResponse(body, answer.status, answer.headers)
+
+
+def invalid_fields(errors: Sequence[Any]) -> InvalidRequest:
+    """The error for a body that requests/bodies.py rejects; it names one wrong field.
+
+    `errors` is pydantic's list. A field of a union type has one error for each member: the deepest
+    one belongs to the member that the value matched most closely.
+    """
+    deepest = max(errors, key=lambda e: (len(e["loc"]), e["type"] not in ("string_type",)))
+    place = [str(part) for part in deepest["loc"] if part != "body"]
+    first = place[0] if place else None
+    if deepest["type"] == "extra_forbidden":
+        return InvalidRequest(f"unknown field {'.'.join(place)!r:.200}", first)
+    if deepest["type"] == "missing":
+        return InvalidRequest(f"{first or 'the body'} is missing", first)
+    if deepest["type"] == "json_invalid":
+        return InvalidRequest(f"the body is not JSON: {deepest['ctx']['error']}")
+    reason = str(deepest["msg"]).removeprefix("Value error, ")
+    if not place:
+        return InvalidRequest(f"the body: {reason}")
+    return InvalidRequest(f"{first}: {reason}", first)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Answer every error that the application raises with `error_response`."""
+
+    async def polyrex_error(_request: Request, error: Exception) -> JSONResponse:
+        return error_response(error)
+
+    async def wrong_body(_request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return error_response(invalid_fields(error.errors()))
+
+    async def http_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        known = {404: f"no route {request.url.path!r:.200}", 405: "method not allowed here"}
+        message = known.get(error.status_code, str(error.detail))
+        code = HTTPStatus(error.status_code).name.lower()
+        body = error_body(message, "invalid_request_error", None, code)
+        return JSONResponse(body, error.status_code, error.headers)
+
+    app.add_exception_handler(PolyrexError, polyrex_error)
+    app.add_exception_handler(RequestValidationError, wrong_body)
+    app.add_exception_handler(HTTPException, http_error)
+    # Starlette sends this response and then raises the error again, so that uvicorn logs it.
+    app.add_exception_handler(Exception, polyrex_error)

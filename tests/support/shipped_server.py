@@ -1,0 +1,45 @@
+"""A real server process with the shipped inventory, for examples and for what docs show."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+POLYREX = str(Path(sys.executable).with_name("polyrex"))
+
+
+@contextmanager
+def shipped_server(folder: Path) -> Iterator[str]:
+    """The address of a `polyrex serve` with its tasks in `folder`; the context stops it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url, output = f"http://127.0.0.1:{port}", folder / "output"
+    command = [POLYREX, "serve", "--port", str(port), "--tasks-dir", str(folder / "tasks")]
+    environment = {key: value for key, value in os.environ.items() if "POLYREX_S" not in key}
+    with (
+        output.open("w") as out,
+        subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment) as server,
+    ):
+        try:
+            while not _ready(url):
+                assert server.poll() is None, output.read_text()
+                time.sleep(0.2)
+            yield url
+        finally:
+            server.terminate()
+
+
+def _ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
