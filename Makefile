@@ -3,7 +3,9 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+BENCH := PYTHONPATH=tests PYTHONSAFEPATH=1 $(BIN)/python -m bench
 PACKAGES := polyrex.adapters polyrex.kernels polyrex.server polyrex.training
+SHIPPED := adapters/shipped/smollm2-135m-instruct
 # An editable install links files one by one: a new file in one of these folders needs a new one.
 FOLDERS := $(shell find adapters kernels server training -type d -not -name __pycache__)
 
@@ -11,7 +13,7 @@ export POLYREX_CACHE ?= $(CURDIR)/.cache
 export HF_HUB_OFFLINE := 1
 
 .PHONY: serve serve-vllm check test test-vllm-full bench bench-vllm bench-train bench-fit bench-intuition \
-	bench-compress fit-gain study train clean triton-table
+	bench-compress fit-gain study train examples clean triton-table
 
 serve: $(BIN)/.installed
 	@$(BIN)/polyrex serve $(ARGS)
@@ -39,51 +41,54 @@ check: $(BIN)/.installed
 test-vllm-full: $(BIN)/.vllm
 	@$(BIN)/python -m pytest --quiet --no-header -m full tests/server/engines/vllm $(ARGS)
 
-# Run on a quiet machine; ends with one line of JSON.
+# The benchmarks: tests/bench/README.md. Each wants the machine for itself and ends with one line of
+# JSON. This one measures the cost of adapters and of many tasks.
 bench: $(BIN)/.installed
-	@PYTHONPATH=tests PYTHONSAFEPATH=1 $(BIN)/python -m bench.serving --out tests/results/bench.json $(ARGS)
+	@$(BENCH).serving --out tests/results/bench.json $(ARGS)
 
-# What every Triton kernel needs of a GPU; compiles without one.
+# The GPU resources of every Triton kernel; compiles without a GPU.
 triton-table: $(BIN)/.vllm
-	@PYTHONPATH=tests PYTHONSAFEPATH=1 $(BIN)/python -m bench.kernels.triton_resources --out tests/results/triton_resources.md
+	@$(BENCH).kernels.triton_resources --out tests/results/triton_resources.md
 
-# Alone on the machine, more than an hour; ARGS="--parts eager" measures one part. Ends with one
-# line of JSON.
+# Against vLLM's own multi-LoRA; more than an hour, or one part with ARGS="--parts eager".
 bench-vllm: $(BIN)/.vllm
-	@PYTHONPATH=tests PYTHONSAFEPATH=1 $(BIN)/python -m bench.vllm.run --out tests/results $(ARGS)
+	@$(BENCH).vllm.run --out tests/results $(ARGS)
 
 # Every method trained, compared and adapted to new tasks; hours, and resumes where it stopped.
 study: $(BIN)/.installed
 	@PYTHONPATH=tests PYTHONSAFEPATH=1 $(BIN)/python -m polyrex.training.study.run --data training/rows --out tests/results/study --work .cache/study $(ARGS)
 
-# Alone on the machine, a quarter of an hour; ends with one line of JSON.
+# Training against PEFT; a quarter of an hour.
 bench-train: $(BIN)/.installed
-	@PYTHONPATH=tests PYTHONSAFEPATH=1 $(BIN)/python -m bench.training --data training/rows --out tests/results/bench_train.json $(ARGS)
+	@$(BENCH).training --data training/rows --out tests/results/bench_train.json $(ARGS)
 
-# Alone on the machine: running streams beside a fit. Ends with one line of JSON.
+# How much a fit delays running streams; a quarter of an hour.
 bench-fit: $(BIN)/.installed
-	@PYTHONPATH=tests PYTHONSAFEPATH=1 $(BIN)/python -m bench.fit --rows training/rows/tasks/winowhy.jsonl --instruction "Is the reason given for the pronoun correct?" --out tests/results/fit.json $(ARGS)
+	@$(BENCH).fit --data training/rows --out tests/results/fit.json $(ARGS)
 
-# What a fit's few steps give up against adapting at full length; a quarter of an hour.
+# The accuracy that a fit's few steps give up against a full adaptation; a quarter of an hour.
 fit-gain: $(BIN)/.installed
-	@PYTHONPATH=tests PYTHONSAFEPATH=1 $(BIN)/python -m bench.fit_gain --data training/rows --inventory adapters/shipped/smollm2-135m-instruct/inventory.safetensors --out tests/results/fit_gain.json $(ARGS)
+	@$(BENCH).fit_gain --data training/rows --inventory adapters/shipped/smollm2-135m-instruct/inventory.safetensors --out tests/results/fit_gain.json $(ARGS)
 
-# Requests routed by their own prompts, beside requests of a task. Ends with one line of JSON.
+# Requests routed by their own prompts, against requests routed by a task.
 bench-intuition: $(BIN)/.installed
-	@PYTHONPATH=tests PYTHONSAFEPATH=1 $(BIN)/python -m bench.intuition --out tests/results/intuition.json $(ARGS)
+	@$(BENCH).intuition --out tests/results/intuition.json $(ARGS)
 
-# 120 LoRAs trained, compressed to bases of three ranks, and served beside the originals; an hour.
-# Ends with one line of JSON.
+# Trains 120 LoRAs, compresses them to three ranks, and serves them against the originals; an hour.
 bench-compress: $(BIN)/.vllm
-	@PYTHONPATH=tests PYTHONSAFEPATH=1 $(BIN)/python -m bench.compress.many_loras --data training/rows --out .cache/loras --work .cache/study
+	@$(BENCH).compress.many_loras --data training/rows --out .cache/loras --work .cache/study
 	@for rank in 16 32 64; do \
 	  $(BIN)/polyrex compress .cache/loras --rank $$rank --out .cache/compressed/$$rank && \
-	  PYTHONPATH=tests PYTHONSAFEPATH=1 $(BIN)/python -m bench.compress.scores --data training/rows --loras .cache/loras --compressed .cache/compressed/$$rank --work .cache/study || exit 1; \
+	  $(BENCH).compress.scores --data training/rows --loras .cache/loras --compressed .cache/compressed/$$rank --work .cache/study || exit 1; \
 	done
-	@PYTHONPATH=tests PYTHONSAFEPATH=1 $(BIN)/python -m bench.vllm.compressed --loras .cache/loras --compressed .cache/compressed/64 .cache/compressed/32 .cache/compressed/16 --out tests/results/compress.json $(ARGS)
+	@$(BENCH).vllm.compressed --loras .cache/loras --compressed .cache/compressed/64 .cache/compressed/32 .cache/compressed/16 --out tests/results/compress.json $(ARGS)
 
 train: $(BIN)/.installed
 	@$(BIN)/polyrex train $(ARGS)
+
+# The examples that `polyrex serve` prints; run it after the shipped inventory or a router changed.
+examples: $(BIN)/.installed
+	@$(BIN)/python -m polyrex.training.evaluation.examples --data training/rows --inventory $(SHIPPED)/inventory.safetensors --out $(SHIPPED)/examples.json $(ARGS)
 
 clean:
 	rm -rf .venv .cache build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Group, Parameter
-from cyclopts.types import NonNegativeInt, Port, PositiveInt
+from cyclopts.types import NonNegativeInt, PositiveInt
+from cyclopts.validators import Number
 
 FLAT = Parameter(name="*")
 """The fields of this dataclass are options without a prefix."""
@@ -96,7 +97,7 @@ class ServerConfig:
     id."""
     host: Annotated[str, _SERVER] = "127.0.0.1"
     """Address to listen on."""
-    port: Annotated[Port, _SERVER] = 8000
+    port: Annotated[int, _SERVER, Parameter(validator=Number(gte=1, lte=65535))] = 8000
     """Port to listen on."""
     api_key_digests: Annotated[tuple[bytes, ...], Parameter(parse=False)] = field(
         default=(), repr=False

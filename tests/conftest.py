@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from polyrex.adapters.files.inventory import Inventory
 from polyrex.adapters.model.base_model import DEFAULT_BASE, load_tokenizer, resolve_base
 from polyrex.adapters.spec import AdapterSpec
 from support.random_inventory import MakeRouter, make_inventory, random_router
+from support.shipped_server import shipped_server
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -59,3 +61,10 @@ def random_inventory(base_path: str, tmp_path_factory: pytest.TempPathFactory) -
 def make_router(random_inventory: Inventory) -> MakeRouter:
     """Makes the file of a random router for the random inventory: `make_router(seed)`."""
     return partial(random_router, random_inventory)
+
+
+@pytest.fixture(scope="session")
+def shipped_server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real server with the shipped inventory."""
+    with shipped_server(tmp_path_factory.mktemp("shipped-server")) as url:
+        yield url

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import statistics
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -112,6 +114,20 @@ def test_a_package_is_imported_by_its_owner_alone(package: str) -> None:
         if relative(path).startswith(("tests/", OWNERS[package])):
             continue
         assert package not in {name.partition(".")[0] for name in imports(path)}, relative(path)
+
+
+@pytest.mark.parametrize("module", ["errors", "engines.base"])
+def test_engines_and_their_errors_need_no_http_library(module: str) -> None:
+    script = f"import sys, polyrex.server.{module}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert not {b"fastapi", b"starlette"} & set(done.stdout.split())
+
+
+def test_requests_and_engines_know_nothing_of_http() -> None:
+    for room in ("requests", "engines"):
+        for path in sorted((ROOT / "server" / room).rglob("*.py")):
+            found = [name for name in imports(path) if name.startswith("polyrex.server.http")]
+            assert not found, relative(path)
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -9,10 +9,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from fastapi.routing import APIRoute
 
 from bench.plot_throughput import CHART, FIGURES, bars
 from polyrex.adapters.methods.registry import METHODS
 from polyrex.server.cli.main import COMMANDS
+from polyrex.server.http.routes import fit, health, openai, tasks
 from support.command_line import polyrex
 from support.pages import PAGES, ROOT, code
 
@@ -114,6 +116,15 @@ def flags(*command: str) -> frozenset[str]:
     """The flags that a command's `--help` lists."""
     found = re.findall(r"--[a-z][a-z.-]*", polyrex(*command, "--help").stdout)
     return frozenset(["--help", *found])
+
+
+def test_every_route_is_on_the_page_of_the_api() -> None:
+    page = (DOCS / "api.md").read_text()
+    for module in (fit, health, openai, tasks):
+        for route in module.router.routes:
+            assert isinstance(route, APIRoute)
+            for method in route.methods:
+                assert f"`{method} {route.path}`" in page
 
 
 def test_measured_figures_are_those_of_the_benchmark() -> None:

@@ -13,11 +13,10 @@ from polyrex.adapters.spec import AdapterSpec, TargetModule
 from polyrex.kernels.factored import FactoredSides
 from polyrex.kernels.leaf_size import leaf_size
 
-from .fused_factor import fused_factor
 from .low_rank import RankSpaceExperts
 from .protocol import Operands
 from .rates import LearningRates
-from .tensor_product import FactoredSide, factor_leaves
+from .tensor_product import FactoredSide, factor_leaves, fused_factor
 
 
 class TensorPoly1Experts(RankSpaceExperts):

@@ -10,9 +10,14 @@ from polyrex.kernels.factored import FactoredSides
 from polyrex.kernels.routing import ModuleRouting
 
 from .composed import LowRank
-from .fused_factor import fused_factor
 from .protocol import Operands, Space
-from .tensor_product import FactoredSide, factor_leaves, factored_expand, factored_shrink
+from .tensor_product import (
+    FactoredSide,
+    factor_leaves,
+    factored_expand,
+    factored_shrink,
+    fused_factor,
+)
 from .tensorpoly_1 import TensorPoly1Experts, factored_sides
 
 

@@ -31,16 +31,15 @@ def _serve(launch: Launch, progress: Progress) -> None:
     config = launch.server
     with bind(config.host, config.port) as listener:
         with progress.stage("torch and transformers"):
-            from polyrex.server.launch.loading import (  # takes seconds: the port comes first
-                example_request,
-                load,
-            )
+            # These imports take seconds: the port comes first.
+            from polyrex.server.launch.examples import examples_text
+            from polyrex.server.launch.loading import load
         loaded = load(launch, progress)
         progress.say("warming up the engine")
 
         def ready() -> None:
             address = f"http://{config.host}:{config.port}"
             progress.say(f"ready on {address} after {progress.elapsed():.1f} s; try:")
-            print(f"\n{example_request(config, loaded.registry)}\n")
+            print(f"\n{examples_text(config, loaded.registry, loaded.examples)}\n")
 
         run(loaded.app, listener, config, ready)

@@ -31,7 +31,8 @@ def sources(path: Path | None, commands: Iterable[str]) -> tuple[Source, ...]:
     `path` is the TOML file, if there is one. Raises CycloptsError where it cannot be read, or has
     a table that belongs to none of `commands`.
     """
-    files = () if path is None else (_File(_read(path, commands), source=str(path)),)
+    tables = [name for name in commands if name not in _READS_SETTINGS_OF]
+    files = () if path is None else (_File(_read(path, tables), source=str(path)),)
     return (_Environment(PREFIX, show=False), *files, _refuse_fractions)
 
 

@@ -17,11 +17,11 @@ from polyrex.adapters.files.inventory import read_inventory
 from polyrex.adapters.model.base_model import DEFAULT_BASE
 from polyrex.kernels.cpu.build import cache_folder
 from polyrex.kernels.roofline.model_shapes import ModelShape
-from polyrex.server.cli.plan import PlanError, model_shape
 from polyrex.server.config import Dtype, EngineName, Launch
 from polyrex.server.engines.vllm.version import SUPPORTED_VERSIONS, check_version
 from polyrex.server.errors import StartError
 from polyrex.server.launch.loading import shipped_inventory
+from polyrex.server.launch.model_shape import PlanError, model_shape
 
 from .finding import Finding, Status
 from .machine import free_memory, runs_on

@@ -1,7 +1,7 @@
-"""The nouns that pass between the HTTP layer and an engine, and the protocol of an engine.
+"""What passes between the HTTP layer and an engine, and the protocol that every engine implements.
 
 Engines work on token ids. Text (prompts, chat templates, stop strings, incremental decoding) is
-the HTTP layer's business, the same for every engine.
+handled in server/requests, the same way for every engine.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one completion is drawn. temperature 0 is greedy.
+    """How one completion is drawn. Temperature 0 is greedy.
 
-    `seed` makes a sampled completion repeatable whatever else is in the batch.
-    `logprobs` asks for each token's log-probability and that many alternatives (0: only its own);
-    `prompt_logprobs` the same for the prompt's tokens.
+    `seed` makes a sampled completion repeatable, whatever else is in the batch. `logprobs` asks for
+    the log-probability of each token, and of that many alternatives (0 for none); `prompt_logprobs`
+    asks for the same of the prompt's tokens.
     """
 
     max_tokens: int
@@ -36,7 +36,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One completion of one prompt for one pinned task version; no task is the base model."""
+    """One completion of one prompt, by a pinned task version; without a task, by the base model."""
 
     id: str
     prompt: tuple[int, ...]
@@ -44,10 +44,11 @@ class GenerationRequest:
     task: TaskVersion | None = None
 
     def check(self, vocabulary: int, context_length: int) -> None:
-        """Refuse what would hurt others in the batch, or never end: raises EngineError.
+        """Raise EngineError where this request would harm others in its batch, or never end.
 
-        `vocabulary` and `context_length` are tokens. A request that wants no completion takes
-        the place of one token all the same: engines draw it, and drop it.
+        This is the engine's own guard: server/requests refuses the same as the client's error.
+        `vocabulary` and `context_length` are numbers of tokens. A request without a completion
+        still needs room for one token: engines draw it, and drop it.
         """
         prompt, wanted = self.prompt, max(1, self.sampling.max_tokens)
         if not prompt:
@@ -63,7 +64,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Token:
-    """A token with its log-probability and the best alternatives, where they were asked for."""
+    """A token, with its log-probability and the best alternatives if they were asked for."""
 
     id: int
     logprob: float | None = None
@@ -74,9 +75,9 @@ class Token:
 class TokenChunk:
     """Tokens that became ready together. The last chunk of a request has a finish reason.
 
-    `prompt` is filled in the first chunk where prompt log-probabilities were asked for: one Token
-    a prompt token, the first without a log-probability. An end-of-sequence token is not in
-    `tokens`: finish_reason "stop" stands for it.
+    If prompt log-probabilities were asked for, the first chunk has them in `prompt`: a Token for
+    each token of the prompt, the first without a log-probability. An end-of-sequence token is not
+    in `tokens`: the finish reason "stop" stands for it.
     """
 
     tokens: tuple[Token, ...]
@@ -86,7 +87,7 @@ class TokenChunk:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Gauges and running totals, read by /metrics and /readyz."""
+    """Gauges and running totals for /metrics and /readyz."""
 
     running: int
     waiting: int
@@ -96,36 +97,36 @@ class EngineStats:
     prompt_tokens: int
     generated_tokens: int
     adapter_steps: Mapping[str, int] = field(default_factory=dict)
-    """Forward passes with adapters by how they ran (kernels/plan.py), where the engine knows."""
+    """Forward passes with adapters, by path (kernels/step_plan.py), if the engine counts them."""
 
 
 class Engine(Protocol):
-    """Runs generation requests for any mix of task versions in one batch."""
+    """Runs generation requests of any mix of task versions in one batch."""
 
     @property
     def context_length(self) -> int:
-        """Most tokens that a prompt and its completion may have together."""
+        """The most tokens that a prompt and its completion may have together."""
         ...
 
     async def start(self) -> None:
-        """Load, warm up and begin to serve; returns when the first request will be fast."""
+        """Load, begin to serve, and warm up, so that the first request is as fast as later ones."""
         ...
 
     async def stop(self) -> None:
-        """End every request with EngineStopped and free what the engine holds."""
+        """End every request with EngineStopped, and free the engine's resources."""
         ...
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         """Stream the completion. Closing the generator early aborts the request in the engine.
 
-        Raises EngineStopped when the engine is down, EngineError when this request failed.
+        Raises EngineStopped if the engine is down, EngineError if this request failed.
         """
         ...
 
     def check(self) -> None:
-        """Raise EngineStopped when the engine cannot serve: /livez and /readyz ask this."""
+        """Raise EngineStopped if the engine cannot serve; /livez and /readyz call this."""
         ...
 
     def stats(self) -> EngineStats:
-        """A snapshot; cheap, never blocks."""
+        """A snapshot. It is cheap and never blocks."""
         ...

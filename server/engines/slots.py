@@ -1,4 +1,4 @@
-"""The rows of the routing table, and the routers that they hold."""
+"""The slots of the routing table, and the tasks that use them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from polyrex.kernels.places import Places
 
 
 class SlotCache:
-    """The slots of the routing table, known by the sha256 of the routers that they hold.
+    """Gives task versions slots, which are rows of the routing table.
 
-    A running request keeps its slot. A slot that no request uses keeps its router until a new one
-    needs a slot; the longest unused goes first. Slot 0 is the base model's.
+    A task version is known by the sha256 of its router. It keeps its slot while requests use it,
+    and then until another one needs the slot; the longest unused slot is taken first. Slot 0 is the
+    base model's.
     """
 
     def __init__(self, slots: int, write: Callable[[int, TaskVersion], None]) -> None:

@@ -1,4 +1,4 @@
-"""Work with tensors away from the thread that runs the model."""
+"""Tensor work outside the thread that runs the model."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Result = TypeVar("Result")
 
 
 def in_passing_thread(work: Callable[[], Result]) -> Result:
-    """The result of `work`, done in a thread that ends with it.
+    """Run `work` in a thread that ends with it, and return its result.
 
-    OpenMP gives every thread that has run a parallel operation helpers of its own, for as long as
-    it lives. Once there are more of them than cores, helpers sleep between two operations instead
-    of waiting for the next one, and waking them takes longer than a small product does: a model's
-    every layer would pay for what another thread did once.
+    OpenMP gives every thread that has run a parallel operation workers of its own, which live as
+    long as that thread. Once there are more workers than cores, they sleep between two operations
+    instead of spinning, and waking them takes longer than a small product: every layer of a model
+    would pay for what another thread did once.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="polyrex-passing") as executor:
         return executor.submit(work).result()

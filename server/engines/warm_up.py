@@ -1,4 +1,4 @@
-"""Requests of the engine's own, so that the first one from outside is as fast as the next."""
+"""Warm-up requests, so that the first request of a client is as fast as later ones."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from .base import Engine, GenerationRequest, SamplingParams
 _ROUNDS = ((4, 16, 2), (1, 16, 2))  # requests, prompt tokens, new tokens
 
 
-async def warm_up(engine: Engine, inventory: Inventory | None) -> None:
-    """Run a few batches of several sizes, adapted where there is an inventory, then base."""
-    tasks = [None] if inventory is None else [_neutral_task(inventory), None]
-    for task in tasks:
+async def warm_up(engine: Engine, inventory: Inventory) -> None:
+    """Run a few batches of several sizes, of a task and then of the base model."""
+    for task in (_neutral_task(inventory), None):
         for requests, prompt, new in _ROUNDS:
             sampling = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
             request = GenerationRequest("warm-up", tuple(range(prompt)), sampling, task)
@@ -32,5 +31,5 @@ async def _run(engine: Engine, request: GenerationRequest) -> None:
 
 
 def _neutral_task(inventory: Inventory) -> TaskVersion:
-    """Equal routing weights for all experts: a task that is in no registry."""
+    """A task, in no registry, that gives all experts the same routing weight."""
     return TaskVersion.unregistered(inventory, "warm-up", torch.zeros(inventory.routing_shape))

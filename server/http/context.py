@@ -12,9 +12,9 @@ from polyrex.adapters.files.registry import TaskRegistry
 from polyrex.server.config import ServerConfig
 from polyrex.server.engines.base import Engine
 from polyrex.server.errors import InvalidRequest
-from polyrex.server.metrics import Metrics
 from polyrex.server.requests.admission import Gate, Readiness
 from polyrex.server.requests.fitting import Fitter
+from polyrex.server.requests.metrics import Metrics
 from polyrex.server.requests.prepare import RequestPreparer
 from polyrex.server.requests.text import Tokenizer
 

@@ -9,6 +9,7 @@ import torch
 from fastapi import FastAPI
 from transformers.utils.logging import disable_progress_bar
 
+from polyrex.adapters.files.examples import Example, read_examples
 from polyrex.adapters.files.inventory import Inventory, load_experts, read_inventory
 from polyrex.adapters.files.registry import TaskRegistry
 from polyrex.adapters.model.base_model import load_base, load_tokenizer, resolve_base
@@ -26,11 +27,11 @@ _DTYPES = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}
 
 @dataclass(frozen=True)
 class Loaded:
-    """An application whose engine has not started yet, with its tasks and its inventory's path."""
+    """An application whose engine has not started yet, with its tasks and examples of them."""
 
     app: FastAPI
     registry: TaskRegistry
-    inventory: Path
+    examples: tuple[Example, ...]
 
 
 def load(launch: Launch, progress: Progress) -> Loaded:
@@ -40,6 +41,7 @@ def load(launch: Launch, progress: Progress) -> Loaded:
     path = launch.inventory or shipped_inventory(name)
     with progress.stage(f"inventory {path}"):
         inventory = read_inventory(path)
+        examples = tuple(read_examples(path))
     with progress.stage(f"base model {name}"):
         base = resolve_base(name, progress.say)
         tokenizer = load_tokenizer(base)
@@ -54,7 +56,7 @@ def load(launch: Launch, progress: Progress) -> Loaded:
     progress.say(f"{len(registry)} tasks" + (f", {rejected} files rejected" if rejected else ""))
     intuition = prompt_intuition(inventory)
     app = create_app(launch.server, engine, registry, tokenizer, intuition)
-    return Loaded(app, registry, path)
+    return Loaded(app, registry, examples)
 
 
 def _embedded(launch: Launch, base: str, inventory: Inventory) -> Engine:

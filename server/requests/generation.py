@@ -12,8 +12,8 @@ from typing import TypeVar
 
 from polyrex.server.engines.base import Engine, FinishReason, Token, TokenChunk
 from polyrex.server.errors import EngineError
-from polyrex.server.metrics import Metrics
 
+from .metrics import Metrics
 from .prepare import Choice, PreparedRequest
 from .text import IncrementalDecoder, StopScanner, Tokenizer
 

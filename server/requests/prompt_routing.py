@@ -27,7 +27,9 @@ class PromptIntuition:
     def versions(self, texts: Sequence[str]) -> list[TaskVersion]:
         """The routing of each text, as a task version that is in no registry."""
         cosines = self._intuition.of(self._encoder.embed(texts))  # [n, K]
-        return [TaskVersion.unregistered(self._inventory, NAME, row.unsqueeze(0)) for row in cosines]
+        return [
+            TaskVersion.unregistered(self._inventory, NAME, row.unsqueeze(0)) for row in cosines
+        ]
 
 
 def prompt_intuition(inventory: Inventory) -> PromptIntuition | None:

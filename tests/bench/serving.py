@@ -15,11 +15,10 @@ A ratio is the median over neighbouring turns. The last line is one JSON documen
 from __future__ import annotations
 
 import asyncio
-import itertools
 import statistics
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,14 @@ from polyrex.adapters.files.task import TaskVersion
 from polyrex.adapters.model.attach import AdaptedModel
 from polyrex.adapters.model.base_model import DEFAULT_BASE, load_base, load_tokenizer, resolve_base
 from polyrex.server.config import Dtype, EmbeddedConfig, Launch
-from polyrex.server.engines.base import GenerationRequest, SamplingParams
 from polyrex.server.engines.embedded.engine import EmbeddedEngine
 from polyrex.server.engines.threads import in_passing_thread
 from polyrex.server.launch.loading import shipped_inventory
 from support.random_inventory import make_task
 
 from .cases import NEW_TOKENS, PROMPT, PROMPT_TOKENS, REQUESTS
+from .engine_requests import answer
+from .engine_requests import tokens_per_second as at_once
 from .harness import Turns, command_line, machine, report, seconds_of
 from .server_process import complete, many, register, server_process, tokens_per_second
 
@@ -53,24 +53,24 @@ def engine_throughput(inventory: Inventory, dtype: torch.dtype, rounds: int) -> 
         lambda: (load_base(path, dtype), load_experts(inventory, load_base(path, dtype)))
     )
     tasks = [make_task(inventory, seed) for seed in range(REQUESTS)]
-    default, shared = EmbeddedConfig(), EmbeddedConfig(state_bytes=0)
-    mixes: tuple[tuple[str, EmbeddedConfig, list[TaskVersion | None]], ...] = (
-        ("base", default, [None] * REQUESTS),
-        ("one_task", default, [tasks[0]] * REQUESTS),
-        ("distinct32", default, list(tasks)),
-        ("one_task_shared", shared, [tasks[0]] * REQUESTS),
-        ("distinct32_shared", shared, list(tasks)),
-    )
+    base, one_task = [None] * REQUESTS, [tasks[0]] * REQUESTS
+    mixes: dict[EmbeddedConfig, dict[str, Sequence[TaskVersion | None]]] = {
+        EmbeddedConfig(): {"base": base, "one_task": one_task, "distinct32": tasks},
+        EmbeddedConfig(state_bytes=0): {"one_task_shared": one_task, "distinct32_shared": tasks},
+    }
     turns = Turns()
+
+    async def rate(engine: EmbeddedEngine, mix: Sequence[TaskVersion | None]) -> float:
+        return await at_once((answer(engine, prompt, NEW_TOKENS, t) for t in mix), NEW_TOKENS)
 
     async def take_turns() -> None:
         # One engine at a time: their threads would be in each other's way.
         for _ in range(rounds):
-            for config, of_config in itertools.groupby(mixes, lambda mix: mix[1]):
+            for config, of_config in mixes.items():
                 async with running(adapted, inventory, config) as engine:
-                    await _rate(engine, prompt, list(tasks))  # warms up
-                    for name, _, mix in list(of_config) * 2:
-                        turns.add(name, await _rate(engine, prompt, mix))
+                    await rate(engine, tasks)  # warms up
+                    for name, mix in list(of_config.items()) * 2:
+                        turns.add(name, await rate(engine, mix))
             with transformers_batching(plain) as transformers_rate:
                 await asyncio.to_thread(transformers_rate, prompt)
                 for _ in range(2):
@@ -131,22 +131,6 @@ def transformers_batching(model: Any) -> Iterator[Callable[[tuple[int, ...]], fl
         yield rate
 
 
-async def _rate(
-    engine: EmbeddedEngine, prompt: tuple[int, ...], mix: Sequence[TaskVersion | None]
-) -> float:
-    sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
-
-    async def one(task: TaskVersion | None) -> int:
-        request = GenerationRequest("bench", prompt, sampling, task)
-        async with aclosing(engine.generate(request)) as chunks:
-            return sum([len(chunk.tokens) async for chunk in chunks])
-
-    started = time.perf_counter()
-    tokens = sum(await asyncio.gather(*(one(task) for task in mix)))
-    assert tokens == REQUESTS * NEW_TOKENS
-    return tokens / (time.perf_counter() - started)
-
-
 def first_and_tenth(client: httpx.Client, inventory: Inventory, tasks: int) -> dict[str, Any]:
     """Time to the first token in a new task's first request, and in its tenth."""
     turns = Turns()
@@ -195,14 +179,14 @@ def http_throughput(
 def ratios(figures: dict[str, Any], tasks: int) -> dict[str, float]:
     """The figures that goals are set for; of the server's default dtype where there are two."""
     default = figures[Launch.dtype]
-    growth_key, flat_key = f"rss_growth_mb_{tasks}_tasks", f"tasks{tasks}_vs_tasks{REQUESTS}"
+    grown, flat = f"rss_growth_mb_{tasks}_tasks", f"tasks{tasks}_vs_tasks{REQUESTS}"
     return {
         "adapted_vs_base_distinct32": default["adapted_vs_base_distinct32"],
         "distinct32_vs_one_task": default["distinct32_vs_one_task"],
         "base_vs_transformers": default["base_vs_transformers"],
         "first_vs_tenth_request": figures["latency"]["first_vs_tenth_request"],
-        growth_key: figures["memory"][growth_key],
-        f"http_{flat_key}": figures["http"][flat_key],
+        grown: figures["memory"][grown],
+        f"http_{flat}": figures["http"][flat],
         "adapted_vs_base_one_task": default["adapted_vs_base_one_task"],
         **{
             f"adapted_vs_base_distinct32_{dtype}": figures[dtype]["adapted_vs_base_distinct32"]
@@ -227,8 +211,7 @@ def main() -> None:
         print(f"{name}: {found}", flush=True)
 
     for dtype in Dtype:
-        found = engine_throughput(inventory, getattr(torch, dtype), options.rounds)
-        note(dtype, found)
+        note(dtype, engine_throughput(inventory, getattr(torch, dtype), options.rounds))
     with server_process(inventory.path) as (client, process):
         note("latency", first_and_tenth(client, inventory, 50))
         note("memory", growth(client, process, inventory, options.tasks))

@@ -21,7 +21,9 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionUserMessageParam
 
+from polyrex.adapters.files.examples import MAX_TOKENS, Example, read_examples
 from polyrex.adapters.files.inventory import Inventory
+from polyrex.server.launch.loading import shipped_inventory
 
 if TYPE_CHECKING:
     from support.random_inventory import MakeRouter
@@ -223,12 +225,46 @@ def test_after_a_refusal_the_server_still_answers(
     assert server.text(task="task-3") == before
 
 
-def test_the_printed_command_works_when_pasted(server: Process) -> None:
+def paste(server: Process) -> Any:
+    """The answer to the one command that the server printed."""
     (command,) = (line for line in server.output.read_text().split("\n") if "curl" in line)
     done = subprocess.run(["bash", "-c", f"{command} --silent"], capture_output=True, check=True)
-    answer = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_the_printed_command_works_when_pasted(server: Process) -> None:
+    answer = paste(server)
     assert answer["model"] == "task-0"
     assert answer["choices"][0]["text"]
+
+
+def gold_answer(example: Example) -> str:
+    """The answer of the test row that the example's prompt was made of."""
+    rows = Path(__file__).parents[2] / "training" / "rows" / "tasks" / f"{example.task}.jsonl"
+    question = example.prompt.split("\n")[1]
+    found = map(json.loads, rows.read_text().splitlines())
+    (answer,) = {r["answer"] for r in found if (r["split"], r["input"]) == ("test", question)}
+    assert isinstance(answer, str)
+    return answer
+
+
+def test_the_printed_examples_are_answered_as_they_say(base_path: str, tmp_path: Path) -> None:
+    inventory = shipped_inventory(BASE)
+    examples = read_examples(inventory)
+    assert 2 <= len(examples) <= 3
+    with serving(inventory, tmp_path) as server:
+        printed = server.output.read_text()
+        for example in examples:
+            request = {"prompt": example.prompt, "max_tokens": MAX_TOKENS}
+            assert server.text(task=example.task, **request).strip() == example.answer
+            assert server.text(**request).strip() == example.base_answer
+            assert example.answer == gold_answer(example)
+            assert example.answer not in example.base_answer
+            assert f"{example.task} " in printed
+            assert example.answer in printed
+        answer = paste(server)
+    assert answer["model"] == examples[0].task
+    assert answer["choices"][0]["text"].strip() == examples[0].answer
 
 
 def tasks_command(server: Process, *words: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""The embedded engine on the real base model, in float32, and the same model without an engine."""
+"""Requests to an engine, and the same adapted model without an engine."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class PlainModel:
-    """The same adapted model, run by transformers alone on whole sequences."""
+    """The adapted model, run by transformers alone on whole sequences."""
 
     adapted: AdaptedModel
     inventory: Inventory
 
     def logprobs(self, tokens: tuple[int, ...], task: TaskVersion | None = None) -> Tensor:
-        """Log-probabilities [tokens, vocabulary] of what follows each token."""
+        """Log-probabilities [tokens, vocabulary] of the token that follows each token."""
         table = RoutingTable(2, *self.inventory.table_shape, torch.device("cpu"))
         if task is not None:
-            table.write(1, task.router.weights)
+            table.write(1, self.inventory.route(task.router.logits))
         slots = [0 if task is None else 1] * len(tokens)
         self.adapted.add_by_step(table.step(slots, torch.float32))
         with torch.inference_mode():
@@ -65,7 +65,7 @@ class PlainModel:
 
 
 def prompt(seed: int, length: int = 14) -> tuple[int, ...]:
-    """Random tokens; at this length the third token of a completion opens a new cache block."""
+    """Random tokens; by default, the third token of the completion opens a new cache block."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randint(100, 40000, (length,), generator=generator).tolist())
 
@@ -90,7 +90,7 @@ async def complete(
 async def at_once(
     engine: Engine, requests: Sequence[Asked], sampling: SamplingParams = GREEDY
 ) -> list[Answer]:
-    """Run many requests to their ends, in the same batches."""
+    """Run many requests to their end, in the same batches."""
     return await asyncio.gather(
         *(complete(engine, tokens, task, sampling) for tokens, task in requests)
     )
@@ -98,7 +98,7 @@ async def at_once(
 
 @asynccontextmanager
 async def started(engine: EmbeddedEngine) -> AsyncIterator[EmbeddedEngine]:
-    """A running engine, stopped at the end."""
+    """Start an engine, and stop it at the end."""
     await engine.start()
     try:
         yield engine

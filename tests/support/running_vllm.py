@@ -1,4 +1,4 @@
-"""A started vLLM engine that tests ask whole batches."""
+"""A vLLM engine that is started once and answers whole batches of requests."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ SMALL = VllmEngineConfig(
     max_batch_tokens=64,  # so that prompts come in chunks
     max_running=64,
     max_context=448,
-    slots=6,  # five beside the base model's: they change hands
+    slots=6,  # so few that they change hands; one is the base model's
     kv_cache_bytes=1 << 25,
 )
 
 
 class Running:
-    """A started engine with the event loop that it lives in."""
+    """A started engine with its event loop."""
 
     def __init__(self, engine: VllmEngine, runner: asyncio.Runner) -> None:
         self.engine = engine
@@ -50,11 +50,11 @@ class Running:
         return self._runner.run(wait())
 
     def answers(self, requests: Sequence[Asked], sampling: SamplingParams) -> list[Answer]:
-        """All at once."""
+        """Run all requests at once."""
         return self.run(at_once(self.engine, requests, sampling))
 
     def abandon(self, tokens: tuple[int, ...], task: TaskVersion) -> None:
-        """Go away after the first token of a long completion."""
+        """Leave after the first token of a long completion."""
 
         async def run() -> None:
             request = GenerationRequest("abandoned", tokens, LONG, task)
@@ -65,12 +65,12 @@ class Running:
         self.run(run())
 
     def in_workers(self, function: Any, *args: object) -> list[Any]:
-        """What a function of a worker returns in each of them."""
+        """Call a function of a worker in each of them, and return the results."""
         assert self.engine._engine is not None
         return self.run(self.engine._engine.collective_rpc(function, args=args))
 
     def adapt(self, inventory: Inventory) -> None:
-        """Serve another inventory from now on: a test of many need not start many engines."""
+        """Serve another inventory from now on, so that tests of many need only one engine."""
         self.in_workers(_adapt, str(inventory.path))
         self.engine._inventory = inventory
 
@@ -95,9 +95,9 @@ def _adapt(worker: Any, path: str) -> None:
 def running_vllm(
     base_path: str, inventory: Inventory, dtype: str = "float32", **sizes: Any
 ) -> Iterator[Running]:
-    """An engine, from its start to its end; `sizes` are fields of VllmEngineConfig."""
+    """Start an engine, and stop it at the end; `sizes` are fields of VllmEngineConfig."""
     with pytest.MonkeyPatch.context() as patch, asyncio.Runner() as runner:
-        # Lets a test run functions in the workers, which need not be able to import it.
+        # Tests send functions to the workers, which cannot import the tests.
         patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
         if sizes.get("tensor_parallel") == 2:
             patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
@@ -113,7 +113,7 @@ def running_vllm(
 
 @contextmanager
 def cached_tokens() -> Iterator[list[int]]:
-    """Notes, for every output of vLLM, how much of its prompt came out of the prefix cache."""
+    """Collect, for every output of vLLM, how many tokens of its prompt were in the prefix cache."""
     found: list[int] = []
     right = vllm_engine._chunk
 
@@ -126,5 +126,5 @@ def cached_tokens() -> Iterator[list[int]]:
         yield found
 
 
-# vLLM pickles what it runs in workers, which cannot import tests.
+# vLLM pickles the functions that it runs in workers, which cannot import tests.
 register_pickle_by_value(sys.modules[__name__])

@@ -73,6 +73,16 @@ def test_worker_tells_every_step_and_writes_the_router(
     assert router.metadata.provenance["rows"] == 9
 
 
+def test_worker_needs_no_optional_package() -> None:
+    script = (
+        "import sys\n"
+        "for name in ('scipy', 'matplotlib', 'gguf'):\n"
+        "    sys.modules[name] = None\n"
+        "import polyrex.training.fit_worker\n"
+    )
+    subprocess.run([sys.executable, "-P", "-c", script], check=True)
+
+
 def test_worker_that_cannot_fit_says_why(
     inventory: Inventory, tiny_base: Path, tmp_path: Path
 ) -> None:

@@ -143,7 +143,7 @@ def _entry(report: TaskReport) -> dict[str, Any]:
 
 
 def summary(reports: Sequence[TaskReport]) -> dict[str, Any]:
-    """Means by role and metric, and the numbers of tasks that are better and worse than before."""
+    """Means by role and metric, and the numbers of tasks that got better and worse."""
     verdicts = [report.verdict for report in reports]
     result: dict[str, Any] = {
         "improved_tasks": verdicts.count("better"),

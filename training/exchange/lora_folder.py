@@ -1,4 +1,4 @@
-"""A folder of PEFT LoRAs compressed to one inventory, with a report of the savings and the drift."""
+"""A folder of PEFT LoRAs, compressed to one inventory with a report of its savings and drift."""
 
 from __future__ import annotations
 

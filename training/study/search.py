@@ -155,7 +155,7 @@ class Trained:
 
     @classmethod
     def load(cls, bench: Bench, path: Path) -> Trained:
-        """The inventory at `path` on the bench's base model, which this changes."""
+        """Attach the inventory at `path` to the bench's base model."""
         inventory = read_inventory(path)
         adapted = bench.load(inventory)
         states = [deepcopy(layer.experts.state_dict()) for layer in adapted.layers]

@@ -73,7 +73,7 @@ class Bench:
                 self.few_shot(task, seed)
 
     def fresh(self, variant: Variant, seed: int = 0) -> MultiTaskModel:
-        """A variant with fresh adapters on the upper layers of the base, which this changes."""
+        """Attach fresh adapters of a variant to the base, and cut off its lower layers."""
         targets = find_targets(self.base, self.config.targets)
         intuition = None
         if variant.spec.intuition:
@@ -84,7 +84,7 @@ class Bench:
         return MultiTaskModel(adapted, len(self.held_in), seed=seed)
 
     def load(self, inventory: Inventory) -> AdaptedModel:
-        """A trained inventory on the upper layers of the base, which this changes."""
+        """Attach a trained inventory to the base, and cut off its lower layers."""
         adapted = load_experts(inventory, self.base)
         cut(self.base, self.config.lower_layers)
         return adapted

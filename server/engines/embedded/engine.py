@@ -112,7 +112,7 @@ class EmbeddedEngine:
             with torch.inference_mode():
                 while self._receive():
                     self._runner.step()
-                    _deliver(self._runner.deliveries())
+                    _deliver(self._runner.take_deliveries())
         except Exception as error:
             logger.exception("the engine's thread died")
             self._down = f"the engine's thread died: {error}"
@@ -140,7 +140,7 @@ class EmbeddedEngine:
             message = self._inbox.get()
             if isinstance(message, Generation):
                 unseen.append((message, error))
-        _deliver([*self._runner.deliveries(), *unseen])
+        _deliver([*self._runner.take_deliveries(), *unseen])
 
 
 def _deliver(deliveries: Sequence[Delivery]) -> None:

@@ -1,9 +1,9 @@
 """The key-value cache in blocks, and the attention of a packed batch over it.
 
-A batch is one row of tokens of many requests. Each request attends to its own blocks only, so no
-request's arithmetic sees another's keys. transformers hands the layers' queries, keys and values
-to `attend` (registered as an attention implementation); the step's `AttentionPlan` reaches it as
-a keyword argument of the model's forward.
+A batch is one row of tokens of many requests. Each request attends only to its own blocks, so no
+request's arithmetic involves another's keys. transformers passes the queries, keys and values of
+each layer to `attend`, which is registered as an attention implementation; the step's
+`AttentionPlan` reaches it as a keyword argument of the model's forward.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from polyrex.server.errors import StartError
 
 ATTENTION = "polyrex_paged"
 BLOCK = 16  # tokens
-_SMALLEST_GROUP = 8  # blocks; decoding requests below it share one padded product
+_SMALLEST_GROUP = 8  # blocks; shorter decoding requests share one padded product
 
 
 class Stored(Protocol):
-    """What the cache must know of a request."""
+    """A request as the cache sees it."""
 
     @property
     def blocks(self) -> list[int]: ...
@@ -40,32 +40,32 @@ StoredT = TypeVar("StoredT", bound=Stored, covariant=True)
 
 @dataclass(frozen=True)
 class Span(Generic[StoredT]):
-    """`count` tokens of one request in a batch, behind the `computed` that the cache holds."""
+    """The next `count` tokens of a request, after the `computed` ones in the cache."""
 
     request: StoredT
     count: int
 
 
 class _Decode(NamedTuple):
-    """Requests with one token each, in neighbouring rows of the batch, padded to one length."""
+    """Consecutive tokens of a batch, each of a different request, padded to one length."""
 
     start: int
     blocks: Tensor  # [requests, blocks], padded with block 0
-    mask: Tensor  # [requests, 1, 1, blocks * BLOCK], true where the request has a key
+    mask: Tensor  # [requests, 1, 1, blocks * BLOCK], true for the keys of the request
 
 
 class _Prefill(NamedTuple):
-    """Several tokens of one request, in rows `start` to `end` of the batch."""
+    """Several tokens of one request: `start` to `end` of the batch."""
 
     start: int
     end: int
     blocks: Tensor  # [blocks]
-    mask: Tensor | None  # [tokens, keys]; None: the first tokens, attention is plainly causal
+    mask: Tensor | None  # [tokens, keys]; None for the first tokens, whose attention is causal
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Where the tokens of one forward pass write their keys, and what they read."""
+    """Where the tokens of one forward pass write their keys and values, and which they read."""
 
     cache: PagedCache
     write: Tensor  # [tokens], positions in the flattened cache
@@ -74,11 +74,11 @@ class AttentionPlan:
 
 
 class PagedCache:
-    """Keys and values of all layers, in blocks of 16 tokens that requests own one by one.
+    """Keys and values of all layers, in blocks of 16 tokens, each owned by one request.
 
-    Nothing is ever shared between requests. Block 0 belongs to nobody and stays zero: it pads.
-    A block is zeroed when it is handed out: a masked key weighs 0, but 0 times what a diverged
-    request left behind (NaN) would not be 0.
+    Requests share nothing. Block 0, which pads, belongs to no request and stays zero. A block is
+    zeroed when it is handed out: a masked key has weight 0, but 0 times the NaN that a diverged
+    request may have left behind would not be 0.
     """
 
     def __init__(
@@ -92,11 +92,11 @@ class PagedCache:
 
     @property
     def usage(self) -> float:
-        """The share of blocks in use, 0 to 1."""
+        """The share of blocks in use, from 0 to 1."""
         return 1 - len(self._free) / self._blocks
 
     def reserve(self, blocks: list[int], tokens: int) -> bool:
-        """Extend a request's blocks to hold `tokens`; False, and no change, if too few are free."""
+        """Extend a request's blocks to hold `tokens`; False, unchanged, if too few are free."""
         missing = -(-tokens // BLOCK) - len(blocks)
         if missing > len(self._free):
             return False
@@ -112,7 +112,7 @@ class PagedCache:
         blocks.clear()
 
     def plan(self, spans: Sequence[Span[Stored]]) -> AttentionPlan:
-        """The attention of a packed batch; spans of one token come first, shortest first."""
+        """The attention of a packed batch, whose spans are in `packing_order`."""
         device = self.storage.device
         write = [
             request.blocks[position // BLOCK] * BLOCK + position % BLOCK
@@ -155,14 +155,14 @@ class PagedCache:
 
 
 def packing_order(span: Span[Stored]) -> tuple[int, int]:
-    """Sort key of the spans of a batch, as `PagedCache.plan` wants them."""
+    """Sort key of the spans of a batch: first those of one token, shortest context first."""
     return (0, span.request.computed) if span.count == 1 else (1, 0)
 
 
 def use_paged_attention(model: nn.Module) -> None:
-    """Make a transformers model run on `AttentionPlan`s, passed to its forward as `plan`.
+    """Make a transformers model attend by the `AttentionPlan` that its forward takes as `plan`.
 
-    Raises StartError for models whose layers attend in another way than fully and causally.
+    Raises StartError for a model with another attention than full causal attention.
     """
     config: Any = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -183,13 +183,13 @@ def attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     plan: AttentionPlan | None = None,
-    **_: Any,  # what transformers passes to every implementation: dropout, position ids, ...
+    **_: Any,  # arguments that transformers passes to every implementation, such as dropout
 ) -> tuple[Tensor, None]:
     """Write the batch's keys and values to the cache, then let every request attend to its own.
 
-    query [1, H, T, d], key and value [1, KV, T, d]. Returns [1, T, H, d], as transformers wants it.
+    query [1, H, T, d], key and value [1, KV, T, d]. Returns [1, T, H, d], as transformers expects.
     """
-    assert plan is not None, "the model runs in the engine only, with its attention plan"
+    assert plan is not None, "only the engine runs this model, with an attention plan"
     layer: Any = module.layer_idx
     keys, values = plan.cache.storage[layer]  # each [blocks, BLOCK, KV, d]
     keys.view(-1, *keys.shape[2:]).index_copy_(0, plan.write, key[0].transpose(0, 1))
@@ -219,9 +219,9 @@ def attend(
 def _attend_decode(
     query: Tensor, keys: Tensor, values: Tensor, decode: _Decode, scaling: float | None
 ) -> Tensor:
-    """[requests, H, d] of queries [H, requests, d]."""
+    """The attention [requests, H, d] of queries [H, requests, d]."""
     heads, requests, size = query.shape
-    # The query heads of one key head are neighbours: they become its query rows.
+    # The query heads of a key head are consecutive: they become its query rows.
     rows = query.transpose(0, 1).reshape(requests, keys.shape[2], -1, size)
     attended = F.scaled_dot_product_attention(
         rows,
@@ -234,20 +234,20 @@ def _attend_decode(
 
 
 def _gather(cache: Tensor, blocks: Tensor) -> Tensor:
-    """[requests, KV, keys, d] of a layer's cache [blocks, BLOCK, KV, d]."""
+    """Each request's blocks, [requests, KV, keys, d], from a layer's [blocks, BLOCK, KV, d]."""
     chosen = cache.index_select(0, blocks.view(-1))
     return chosen.view(len(blocks), -1, *cache.shape[2:]).transpose(1, 2)
 
 
 def _group(span: Span[Stored]) -> int:
-    """0 for prefills; decoding requests of one number pad to at most twice their length."""
+    """0 for prefills; padding within one number at most doubles a decoding request's length."""
     if span.count > 1:
         return 0
     return max(_SMALLEST_GROUP, span.request.computed // BLOCK).bit_length()
 
 
 def _head_shape(config: PreTrainedConfig) -> tuple[int, int]:
-    """Key-value heads, and the size of each."""
+    """The number of key-value heads, and the size of each."""
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return getattr(config, "num_key_value_heads", None) or heads, size

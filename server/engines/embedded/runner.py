@@ -89,8 +89,8 @@ class ModelRunner:
         for generation in [*self._scheduler.running, *self._scheduler.waiting]:
             self._end(generation, error)
 
-    def deliveries(self) -> list[Delivery]:
-        """The outcomes since the last call, which callers are waiting for."""
+    def take_deliveries(self) -> list[Delivery]:
+        """The outcomes since the last call, for the callers that wait for them."""
         ready, self._deliveries = self._deliveries, []
         return ready
 

@@ -1,4 +1,4 @@
-"""From logits to tokens, and to the log-probabilities of the unmodified distribution."""
+"""From logits to tokens, and to log-probabilities under the unmodified distribution."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 from polyrex.server.engines.base import SamplingParams, Token
 from polyrex.server.errors import EngineError
 
-_NUCLEUS_FIRST_TRY = 256  # tokens; sorting the whole vocabulary is the slow exception
-_SCORED_AT_ONCE = 64  # prompt positions; a vocabulary of float32 each
+_NUCLEUS_FIRST_TRY = 256  # tokens; only if they are too few is the whole vocabulary sorted
+_SCORED_AT_ONCE = 64  # positions, each of which takes a vocabulary of float32
 
 
 class Draw(NamedTuple):
-    """What one request wants of its row of logits; the generator is its own."""
+    """How one request draws from its row of logits. Each request has its own generator."""
 
     sampling: SamplingParams
     generator: torch.Generator
 
 
 def choose(logits: Tensor, draws: Sequence[Draw]) -> list[Token | Exception]:
-    """One token a row of logits [n, vocabulary]; what goes wrong in a row stays in that row."""
+    """Draw a token from each row of logits [n, vocabulary]; a row that fails yields its error."""
     logits = logits.float()
     best, ids = logits.max(-1)
     rows = zip(logits, best.tolist(), ids.tolist(), draws, strict=True)
@@ -32,7 +32,7 @@ def choose(logits: Tensor, draws: Sequence[Draw]) -> list[Token | Exception]:
 
 
 def score(logits: Tensor, tokens: Sequence[int], alternatives: int) -> list[Token]:
-    """`tokens` with the log-probabilities that their rows of logits [n, vocabulary] give them."""
+    """Score each token by its row of logits [n, vocabulary], with that many alternatives."""
     scored = []
     for start in range(0, len(tokens), _SCORED_AT_ONCE):
         rows = slice(start, start + _SCORED_AT_ONCE)
@@ -59,9 +59,9 @@ def _choose(row: Tensor, best: float, greedy: int, draw: Draw) -> Token | Except
 
 
 def _sample(row: Tensor, draw: Draw) -> int:
-    """Invert the distribution function at one uniform number of the request's generator."""
+    """Invert the distribution function at one uniform number from the request's generator."""
     sampling = draw.sampling
-    # The largest is subtracted first: a tiny temperature then gives -inf, never inf - inf.
+    # Subtract the maximum first: a tiny temperature then gives -inf, never inf - inf.
     probabilities = ((row - row.max()) / sampling.temperature).softmax(-1)
     ids = None
     if sampling.top_p < 1:
@@ -74,7 +74,7 @@ def _sample(row: Tensor, draw: Draw) -> int:
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """The fewest most likely tokens that hold `top_p` of the mass, at least one; best first."""
+    """The fewest most likely tokens whose mass reaches `top_p`, at least one; best first."""
     for count in (min(_NUCLEUS_FIRST_TRY, len(probabilities)), len(probabilities)):
         values, ids = probabilities.topk(count)
         before = values.cumsum(-1) - values

@@ -1,8 +1,8 @@
-"""vLLM's worker on CPUs, for an engine that compiles.
+"""vLLM's worker on CPUs, for an engine that compiles its model.
 
-With LoRA switched on, vLLM 0.32 does not compile on CPUs, whatever it is asked for. Our layers can
-be compiled: to a compiler their adapters are one operator (vllm_layers.py). Only the worker asks
-for the mode, so it is enough to set it there.
+With LoRA enabled, vLLM 0.32 does not compile on CPUs, whatever mode is configured. Our layers can
+be compiled: a compiler sees their adapters as one operator (layers.py). Only the worker reads the
+mode, so it is enough to set it there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 
 class CompilingCpuWorker(CPUWorker):  # type: ignore[misc]
-    """Compiles the model the way vLLM does on CPUs without LoRA."""
+    """Compiles the model as vLLM does on CPUs without LoRA."""
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         vllm_config.compilation_config.mode = CompilationMode.DYNAMO_TRACE_ONCE

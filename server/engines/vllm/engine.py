@@ -1,9 +1,9 @@
 """The vLLM engine: requests of any mix of tasks in vLLM's own continuous batching.
 
-How a request goes: `generate` gives its task version a slot -> the routing weights go to every
-worker, ahead of the request, as kilobytes -> the request goes to vLLM as one with a LoRA, whose id
-is the slot and whose name is the router's sha256: by that name vLLM tells the entries of its prefix
-cache apart -> in the workers, vllm_plugin.py turns the ids of a step's tokens into routing weights.
+How a request travels: `generate` gives its task version a slot -> its routing weights, kilobytes,
+are sent to every worker ahead of the request -> the request is sent to vLLM with a LoRA whose id is
+the slot and whose name is the router's sha256, which keeps tasks apart in vLLM's prefix cache -> in
+the workers, plugin.py turns the ids of a step's tokens into routing weights.
 """
 
 from __future__ import annotations
@@ -46,28 +46,27 @@ from .plugin import CONFIG_KEY, WorkerExtension
 from .version import check_version
 
 _CACHE_UPDATES = ("vllm::unified_kv_cache_update", "vllm::unified_mla_kv_cache_update")
-_COMPILING_CPU_WORKER = "polyrex.server.engines.vllm.cpu_worker.CompilingCpuWorker"
 
 
 class VllmEngine:
-    """Implements `base.Engine` on vLLM's AsyncLLM, which runs in processes of its own.
+    """Implements `base.Engine` on vLLM's AsyncLLM, which runs in separate processes.
 
-    Slots are given first come, first served: while one request waits for a slot, all that come
-    after it wait too, even those whose task has one. They would keep it in use for ever, and the
-    request that waits would starve.
+    Slots are given first come, first served: while one request waits for a slot, all later ones
+    wait too, even if their task has one. Otherwise they could keep the slots in use for ever, and
+    the waiting request would starve.
     """
 
     def __init__(
         self, model: str, inventory: Inventory, config: VllmEngineConfig, dtype: str
     ) -> None:
-        """`model` is a folder or hub id. Raises StartError where this vLLM is not supported."""
+        """`model` is a folder or hub id. Raises StartError if this vLLM is not supported."""
         check_version()
         self._inventory = inventory
         self._arguments = _arguments(model, inventory, config, dtype)
         self._slots = SlotCache(config.slots, self._write)
         self._writes: dict[int, asyncio.Future[Any]] = {}  # by slot
         self._vacancy = asyncio.Event()
-        self._queue = asyncio.Lock()  # whoever waits for a slot; asyncio's locks are fair
+        self._queue = asyncio.Lock()  # held while waiting for a slot; asyncio's locks are fair
         self._queued = 0
         self._numbers = itertools.count()
         self._stats = _Stats()
@@ -76,7 +75,7 @@ class VllmEngine:
 
     @property
     def context_length(self) -> int:
-        """Known once the engine has been started; raises EngineStopped before."""
+        """Raises EngineStopped until the engine has been started."""
         length: int = self._started().model_config.max_model_len
         return length
 
@@ -96,7 +95,7 @@ class VllmEngine:
         engine, self._engine = self._engine, None
         if engine is None:
             return
-        # vLLM's own shutdown may leave callers waiting for ever.
+        # Because vLLM's own shutdown may leave callers waiting for ever.
         engine.output_processor.propagate_error(EngineDeadError())
         self._vacancy.set()
         await asyncio.to_thread(engine.shutdown)
@@ -116,8 +115,8 @@ class VllmEngine:
         request.check(engine.model_config.get_vocab_size(), self.context_length)
         lora = None if task is None else await self._acquire(task)
         try:
-            # One turn of the event loop, in which the slot's write is sent: vLLM handles messages
-            # in the order they are sent, so the request can follow without waiting for an answer.
+            # In one turn of the event loop the slot's write is sent. vLLM handles messages in the
+            # order of sending, so the request can follow without waiting for an answer.
             await asyncio.sleep(0)
             outputs = engine.generate(
                 tokens_input(list(request.prompt)),
@@ -127,7 +126,7 @@ class VllmEngine:
             )
             async with aclosing(outputs):
                 async for output in outputs:
-                    if lora is not None:  # answered by now, but it may have failed
+                    if lora is not None:  # the write is done by now, but it may have failed
                         await asyncio.shield(self._writes[lora.lora_int_id])
                     yield _chunk(output, request.sampling)
         except EngineDeadError as error:
@@ -144,9 +143,9 @@ class VllmEngine:
         return self._engine
 
     async def _acquire(self, task: TaskVersion) -> LoRARequest:
-        """Acquire a slot for the task version, waiting for one in turn, and begin to write it.
+        """Wait in turn for a slot, and begin to write the task version to it.
 
-        The result is the task version as vLLM knows it, whose prefix cache goes by name and path.
+        Returns the task version as vLLM knows it; name and path are keys of its prefix cache.
         """
         self._queued += 1
         try:
@@ -162,17 +161,15 @@ class VllmEngine:
         return LoRARequest(sha256, slot, f"polyrex:{sha256}")
 
     def _write(self, slot: int, task: TaskVersion) -> None:
-        """Begin to write a slot in every worker."""
-        row = self._inventory.route(task.router.logits).float().contiguous()
-        call = self._started().collective_rpc("polyrex_write", args=(slot, row.numpy().tobytes()))
+        """Begin to write a task's routing weights to a slot in every worker."""
+        method, row = WorkerExtension.polyrex_write.__name__, task.router.weights.numpy().tobytes()
+        call = self._started().collective_rpc(method, args=(slot, row))
         self._writes[slot] = asyncio.ensure_future(call)
 
 
 def _arguments(
     model: str, inventory: Inventory, config: VllmEngineConfig, dtype: str
 ) -> AsyncEngineArgs:
-    extension = f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}"
-    compiling_on_cpu = current_platform.is_cpu() and not config.eager
     ours = {
         "inventory": str(inventory.path.resolve()),
         "sha256": inventory.sha256,
@@ -180,7 +177,7 @@ def _arguments(
     }
     return AsyncEngineArgs(
         model=model,
-        skip_tokenizer_init=True,  # an engine works on token ids
+        skip_tokenizer_init=True,  # because engines work on token ids
         dtype=dtype,
         enforce_eager=config.eager,
         tensor_parallel_size=config.tensor_parallel,
@@ -190,19 +187,32 @@ def _arguments(
         kv_cache_memory_bytes=config.kv_cache_bytes,
         enable_lora=True,
         max_loras=config.slots - 1,
-        max_lora_rank=1,  # nothing is allocated by it: vllm_plugin.RouterManager holds the weights
-        worker_cls=_COMPILING_CPU_WORKER if compiling_on_cpu else "auto",
-        worker_extension_cls=extension,
+        max_lora_rank=1,  # allocates nothing: RouterManager (plugin.py) holds the weights
+        worker_cls=_worker_class(config.eager),
+        worker_extension_cls=_dotted_name(WorkerExtension),
         additional_config={CONFIG_KEY: ours},
         **_graphs(config.eager),
     )
 
 
-def _graphs(eager: bool) -> dict[str, Any]:
-    """On CUDA, graphs are captured between our operators, and none across them.
+def _worker_class(eager: bool) -> str:
+    """The worker's class by name, as vLLM's processes import it; "auto" is vLLM's choice."""
+    if eager or not current_platform.is_cpu():
+        return "auto"
+    from .cpu_worker import CompilingCpuWorker  # imports parts of vLLM that run on CPUs only
 
-    A graph is replayed with the addresses that it was captured with, and what our operators read
-    (a step's routing weights) lies elsewhere in every step.
+    return _dotted_name(CompilingCpuWorker)
+
+
+def _dotted_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _graphs(eager: bool) -> dict[str, Any]:
+    """Settings with which CUDA graphs are captured between our operators, never across them.
+
+    A graph is replayed with the addresses of its capture, but the routing weights that our
+    operators read are elsewhere in memory in every step.
     """
     if eager or not current_platform.is_cuda():
         return {}
@@ -216,10 +226,10 @@ def _graphs(eager: bool) -> dict[str, Any]:
 
 def _sampling(sampling: SamplingParams) -> VllmSamplingParams:
     return VllmSamplingParams(
-        max_tokens=max(1, sampling.max_tokens),  # at 0, _chunk drops the token that is drawn
+        max_tokens=max(1, sampling.max_tokens),  # if 0, _chunk drops the one token
         temperature=sampling.temperature,
         top_p=sampling.top_p,
-        # The same generator, but vLLM takes -1 for none.
+        # The generator is the same modulo 2**64; vLLM would take -1 for no seed.
         seed=None if sampling.seed is None else sampling.seed % 2**64,
         logprobs=sampling.logprobs,
         prompt_logprobs=sampling.prompt_logprobs,
@@ -265,7 +275,7 @@ def _token(id: int, found: Mapping[int, Logprob] | None, alternatives: int) -> T
 
 
 class _Stats(StatLoggerBase):  # type: ignore[misc]
-    """The last state that vLLM's scheduler reported, and running totals."""
+    """The state that vLLM's scheduler reported last, and running totals."""
 
     def __init__(self) -> None:
         self._running = self._waiting = 0
@@ -286,7 +296,7 @@ class _Stats(StatLoggerBase):  # type: ignore[misc]
         pass
 
     def snapshot(self, slots_used: int, queued: int) -> EngineStats:
-        """`queued` requests have not reached vLLM, as they wait for one of the slots."""
+        """A snapshot; vLLM does not know of the `queued` requests, which wait for a slot."""
         return EngineStats(
             running=self._running,
             waiting=self._waiting + queued,

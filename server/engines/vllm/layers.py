@@ -1,9 +1,9 @@
 """Routed adapters inside vLLM's linear layers.
 
-vLLM gives every linear layer a `quant_method`, which computes the product; this module puts one in
-its place that adds the adapters' contribution. Sharding, gathering, reduction, biases and quantised
-weights stay vLLM's business. To a compiler the addition is one opaque operator; an eager model
-calls it directly. A batch without adapters is left alone.
+vLLM gives every linear layer a `quant_method`, which computes the product. This module replaces it
+by one that then adds the adapters' contribution. Sharding, gathering, reduction, biases and
+quantised weights remain vLLM's business. A compiler sees the addition as one opaque operator; an
+eager model calls it directly. Nothing is added to a batch without adapters.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from polyrex.adapters.serving.layers import ServedLayer, StepContext
 
 OPERATOR = "polyrex_add_routed"
-"""What a compiled model calls, in vLLM's namespace."""
+"""The operator that a compiled model calls, in vLLM's namespace."""
 
 
 class RoutedLayer:
     """The adapters of one vLLM linear layer on one rank."""
 
     def __init__(self, served: ServedLayer, context: StepContext, gathered_ranks: int) -> None:
-        """`gathered_ranks` ranks have a part of the input each, and the adapters need all of it.
+        """Let `served` add to the layer's output, routed by `context`.
 
-        1: they do with what is here.
+        `gathered_ranks` is the number of ranks whose parts of the input are gathered, because the
+        adapters need all of it. It is 1 if the adapters use this rank's input alone.
         """
         self._served = served
         self._context = context
         self._gathered_ranks = gathered_ranks
 
     def add(self, y: Tensor, x: Tensor) -> None:
-        """Add the adapters' part for x [..., d_in] to y [..., columns], in place."""
+        """Add the adapters' contribution for x [..., d_in] to y [..., columns], in place."""
         step = self._context.step
         if step is None:
             return
@@ -45,14 +46,14 @@ class RoutedLayer:
         if self._gathered_ranks == 1:
             self._served.add_(y, x, step)
             return
-        # Every rank adds its share of the same sum, as the layer goes on to add the ranks up.
+        # Every rank adds its share of the same sum, because the layer then sums over the ranks.
         whole = torch.zeros_like(y)
         self._served.add_(whole, tensor_model_parallel_all_gather(x), step)
         y.add_(whole, alpha=1 / self._gathered_ranks)
 
 
 class RoutedLinearMethod(LinearMethodBase):  # type: ignore[misc]
-    """A layer's own method, and then its adapters."""
+    """Computes a layer's product by its own method, then adds its adapters' contribution."""
 
     def __init__(self, base: Any, routed: RoutedLayer, name: str) -> None:
         self._base = base
@@ -60,19 +61,19 @@ class RoutedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self._name = name
 
     def create_weights(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("the layer's weights exist before its adapters do")
+        raise NotImplementedError("a layer has its weights before it gets adapters")
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y: Tensor = self._base.apply(layer, x, bias)
         if torch.compiler.is_compiling():
-            torch.ops.vllm.polyrex_add_routed(y, x, self._name)
+            getattr(torch.ops.vllm, OPERATOR)(y, x, self._name)
         else:
             self._routed.add(y, x)
         return y
 
 
 def install(layer: LinearBase, routed: RoutedLayer, known: dict[str, Any]) -> None:
-    """Let `layer` add its adapters; `known` is where vLLM finds layers by name while it runs."""
+    """Let `layer` add its adapters; `known` holds the layers that vLLM looks up by name."""
     name = f"{layer.prefix}.polyrex"
     known[name] = routed
     layer.quant_method = RoutedLinearMethod(layer.quant_method, routed, name)
@@ -84,10 +85,10 @@ def _add_routed(y: Tensor, x: Tensor, name: str) -> None:
 
 
 def _add_nothing(y: Tensor, x: Tensor, name: str) -> None:
-    """What a compiler traces in place of `_add_routed`."""
+    """Stands in for `_add_routed` while a compiler traces the model."""
 
 
 def register_operator() -> None:
-    """Define the operator; once a process."""
+    """Define the operator, once per process."""
     if not hasattr(torch.ops.vllm, OPERATOR):
         direct_register_custom_op(OPERATOR, _add_routed, mutates_args=["y"], fake_impl=_add_nothing)

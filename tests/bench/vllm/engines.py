@@ -7,12 +7,13 @@ import gc
 import itertools
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from vllm import SamplingParams as VllmSamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import TokensPrompt
@@ -21,10 +22,14 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from bench.cases import RANK, REQUESTS
+from bench.engine_requests import answer
 from polyrex.adapters.files.inventory import Inventory
 from polyrex.adapters.files.task import TaskVersion
+from polyrex.adapters.methods.composed import LowRank
+from polyrex.adapters.model.attach import find_targets
+from polyrex.adapters.model.base_model import load_base
+from polyrex.adapters.peft.lora import write_lora
 from polyrex.server.config import VllmEngineConfig
-from polyrex.server.engines.base import GenerationRequest, SamplingParams
 from polyrex.server.engines.vllm.engine import VllmEngine
 from support.random_inventory import make_task
 
@@ -37,10 +42,25 @@ SIZES = VllmEngineConfig(max_context=CONTEXT, kv_cache_bytes=1 << 30)  # five en
 class Contender(Protocol):
     """An engine that answers requests for numbered tasks; None is the base model."""
 
-    def answer(self, prompt: list[int], new: int, task: int | None) -> AsyncGenerator[int, None]:
-        """Generate `new` tokens; yields the size of each chunk."""
+    async def answer(self, prompt: list[int], task: int | None, new: int) -> int:
+        """Generate `new` tokens greedily; returns their number."""
 
     async def stop(self) -> None: ...
+
+
+def write_loras(model: str, folder: Path, count: int) -> None:
+    """Write random LoRAs for every projection of `model` to the folders t0, t1, ... ."""
+    targets = find_targets(load_base(model, torch.float32))
+    for number in range(count):
+        generator = torch.Generator().manual_seed(number)
+        modules = {
+            target.name: LowRank(
+                0.01 * torch.randn(1, RANK, target.d_in, generator=generator),
+                0.01 * torch.randn(1, RANK, target.d_out, generator=generator),
+            )
+            for target in targets
+        }
+        write_lora(folder / f"t{number}", modules, model)
 
 
 class Plain:
@@ -87,9 +107,7 @@ class Plain:
         await self._engine.add_lora(self._lora(task))
         return time.perf_counter() - started
 
-    async def answer(
-        self, prompt: list[int], new: int, task: int | None
-    ) -> AsyncGenerator[int, None]:
+    async def answer(self, prompt: list[int], task: int | None, new: int) -> int:
         sampling = VllmSamplingParams(
             max_tokens=new,
             temperature=0,
@@ -100,8 +118,8 @@ class Plain:
         lora = None if task is None else self._lora(task)
         number = f"bench-{next(self._numbers)}"
         tokens = TokensPrompt(prompt_token_ids=prompt)
-        async for output in self._engine.generate(tokens, sampling, number, lora_request=lora):
-            yield len(output.outputs[0].token_ids)
+        outputs = self._engine.generate(tokens, sampling, number, lora_request=lora)
+        return sum([len(output.outputs[0].token_ids) async for output in outputs])
 
     async def stop(self) -> None:
         await asyncio.to_thread(self._engine.shutdown)
@@ -128,15 +146,9 @@ class Polyrex:
         await engine.start()
         return cls(engine, version or cache(partial(make_task, inventory)))
 
-    async def answer(
-        self, prompt: list[int], new: int, task: int | None
-    ) -> AsyncGenerator[int, None]:
+    async def answer(self, prompt: list[int], task: int | None, new: int) -> int:
         version = None if task is None else self._version(task)
-        sampling = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
-        request = GenerationRequest("bench", tuple(prompt), sampling, version)
-        async with aclosing(self._engine.generate(request)) as chunks:
-            async for chunk in chunks:
-                yield len(chunk.tokens)
+        return await answer(self._engine, tuple(prompt), new, version)
 
     async def stop(self) -> None:
         await self._engine.stop()

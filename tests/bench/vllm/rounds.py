@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
 from collections.abc import Sequence
-from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from bench.cases import MAIN, NEW_TOKENS, PROMPT_TOKENS, REQUESTS
+from bench.engine_requests import tokens_per_second
 from bench.harness import Turns
 
 from .engines import Contender
@@ -46,25 +46,12 @@ async def take_turns(into: Turns, work: Workload, batches: Sequence[Batch]) -> N
     seed = into.turn
     for batch in batches:
         chosen = popular(batch.popularity, batch.tasks, random.Random(seed))
-        rate = await _tokens_per_second(work, batch.contender, chosen)
+        draw = random.Random(time.monotonic_ns())  # never the same prompt twice
+        prompts = [[draw.randrange(100, 40_000) for _ in range(work.prompt)] for _ in chosen]
+        answers = map(partial(batch.contender.answer, new=work.new), prompts, chosen)
+        rate = await tokens_per_second(answers, work.new) * work.counted / work.new
         into.add(batch.name, rate)
         print(f"{batch.name}: {rate:.1f} tokens/s", flush=True)
-
-
-async def _tokens_per_second(
-    work: Workload, contender: Contender, tasks: Sequence[int | None]
-) -> float:
-    draw = random.Random(time.monotonic_ns())  # never the same prompt twice
-
-    async def one(task: int | None) -> int:
-        prompt = [draw.randrange(100, 40_000) for _ in range(work.prompt)]
-        async with aclosing(contender.answer(prompt, work.new, task)) as tokens:
-            return sum([count async for count in tokens])
-
-    started = time.perf_counter()
-    found = sum(await asyncio.gather(*(one(task) for task in tasks)))
-    assert found == REQUESTS * work.new
-    return REQUESTS * work.counted / (time.perf_counter() - started)
 
 
 def popular(popularity: str, tasks: int, draw: random.Random) -> list[int | None]:

@@ -35,8 +35,7 @@ from polyrex.adapters.model.base_model import DEFAULT_BASE, resolve_base
 from polyrex.kernels.routing import RoutingTable
 from support.random_inventory import make_inventory
 
-from .engines import Plain, Polyrex, Starter, started
-from .loras import write_loras
+from .engines import Plain, Polyrex, Starter, started, write_loras
 from .report import read_document, write_report
 from .rounds import (
     DECODE,

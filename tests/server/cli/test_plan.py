@@ -13,6 +13,7 @@ from polyrex.kernels.roofline import device_limits
 from polyrex.kernels.roofline.model_shapes import MODELS, ModelShape
 from polyrex.kernels.roofline.roofline import GPUS, DeviceLimits
 from polyrex.server.cli import plan as cli_plan
+from polyrex.server.launch.model_shape import PlanError, model_shape
 from support.command_line import polyrex
 
 ROOT = Path(__file__).parents[3]
@@ -94,7 +95,7 @@ def test_a_model_that_is_too_large_is_told_so() -> None:
 
 @pytest.mark.parametrize("name", ["Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct"])
 def test_models_answer_to_their_usual_names(name: str) -> None:
-    assert cli_plan.model_shape(name) == MODELS["meta-llama/Llama-3.1-8B"]
+    assert model_shape(name) == MODELS["meta-llama/Llama-3.1-8B"]
 
 
 def test_unknown_names_list_the_known_ones() -> None:
@@ -110,8 +111,8 @@ def test_a_folder_gives_its_shape(tmp_path: Path) -> None:
     config = LlamaConfig(**TINY, head_dim=8, tie_word_embeddings=True)
     folder = saved(config, tmp_path)
     expected = ModelShape(3, 64, 96, heads=4, kv_heads=2, head_dim=8, vocabulary=50, tied=True)
-    assert cli_plan.model_shape(folder) == expected
-    assert cli_plan.model_shape(f"{folder}/config.json") == expected
+    assert model_shape(folder) == expected
+    assert model_shape(f"{folder}/config.json") == expected
 
 
 @pytest.mark.parametrize(
@@ -125,13 +126,13 @@ def test_a_folder_gives_its_shape(tmp_path: Path) -> None:
 def test_a_model_of_another_build_is_refused(
     config: PretrainedConfig, why: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(cli_plan.PlanError, match=why):
-        cli_plan.model_shape(saved(config, tmp_path))
+    with pytest.raises(PlanError, match=why):
+        model_shape(saved(config, tmp_path))
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(cli_plan.PlanError, match="neither"):
-        cli_plan.model_shape(str(tmp_path))
+    with pytest.raises(PlanError, match="neither"):
+        model_shape(str(tmp_path))
 
 
 def test_given_speeds_stand_in_for_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:

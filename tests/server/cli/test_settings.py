@@ -9,7 +9,7 @@ import types
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from enum import Enum
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -207,9 +207,14 @@ def test_every_field_is_a_toml_key(told: Told, setting: Setting, tmp_path: Path)
     assert found(told(without(setting), "--config", file), setting) == setting.value
 
 
+@cache
+def help_of(command: str) -> str:
+    return polyrex(command, "--help").stdout
+
+
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.id)
 def test_every_field_has_help(setting: Setting) -> None:
-    printed = polyrex(setting.command.name, "--help").stdout
+    printed = help_of(setting.command.name)
     lines = [line.strip("│ ") for line in printed.splitlines() if line.startswith("│")]
     (at,) = (i for i, line in enumerate(lines) if f"--{setting.flag} " in f"{line} ")
     row = " ".join(lines[at : at + 3])

@@ -57,6 +57,18 @@ def test_the_connection_may_stand_before_or_after_the_subcommand(
     assert "API key" in polyrex("tasks", *connection[:2], "show", "colour").stderr
 
 
+def test_the_connection_comes_from_the_environment_or_a_file(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "polyrex.toml"
+    file.write_text(f'[tasks]\nserver = "{served.url}"\n')
+    assert polyrex("tasks", "list", "--config", file).exit_code == 0
+    monkeypatch.setenv("POLYREX_TASKS_SERVER", "http://127.0.0.1:9")
+    assert polyrex("tasks", "list", "--config", file).exit_code == 1
+    monkeypatch.setenv("POLYREX_TASKS_SERVER", served.url)
+    assert polyrex("tasks", "list").exit_code == 0
+
+
 def test_a_server_that_is_not_there_is_named() -> None:
     done = polyrex("tasks", "list", "--server", "http://127.0.0.1:9")
     assert done.exit_code == 1

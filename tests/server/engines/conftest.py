@@ -30,7 +30,7 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def adapted(base_path: str, random_inventory: Inventory) -> AdaptedModel:
-    """The model that the engines of these tests run, one after the other."""
+    """The model that all engines of these tests run, though not at the same time."""
     return load_experts(random_inventory, load_base(base_path, torch.float32))
 
 
@@ -53,7 +53,7 @@ def make_engine(adapted: AdaptedModel, random_inventory: Inventory) -> MakeEngin
 
 @pytest.fixture(scope="session")
 def engine(make_engine: MakeEngine) -> Iterator[EmbeddedEngine]:
-    """One engine for all tests that leave it as it was."""
+    """One engine, for all tests that leave it as they found it."""
     engine = make_engine()
     asyncio.run(engine.start())
     yield engine

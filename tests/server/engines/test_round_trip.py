@@ -1,4 +1,4 @@
-"""Trained, written, served: both engines give the trainer's log-probabilities, for every method."""
+"""Both engines give the trainer's log-probabilities, for every method, from the files it wrote."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ INTUITION = AdapterSpec("trex", rank=3, rank_out=2, granularity="model", intuiti
 ROUND_TRIPS = {spec_id(spec): spec for spec in SPECS} | {"trex-intuition": INTUITION}
 TASKS = ("first", "second", "third")
 FAST = LearningRates(experts=0.02, gates=0.1, routing=1.0, token_routers=0.05)
-"""So fast that a few steps leave nothing as it began. T-REX multiplies its gates by 100."""
+"""So high that a few steps change every parameter. T-REX multiplies its gates by 100."""
 TOLERANCE = 1e-4
 SCORED = SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=0)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a trainer left behind, and what its model says with each task."""
+    """What a trainer wrote, and the log-probabilities of its model with each task."""
 
     inventory: Inventory
     tasks: Mapping[str | None, TaskVersion | None]  # None: the base model
-    logprobs: Mapping[str | None, list[Tensor]]  # a row a prompt token that has one, by prompt
+    logprobs: Mapping[str | None, list[Tensor]]  # for each prompt, of its tokens but the first
 
 
 def prompt(seed: int) -> tuple[int, ...]:
-    """Of lengths from 9 on."""
+    """Random tokens; the length grows with the seed, from 9."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randint(VOCABULARY, (9 + 4 * seed,), generator=generator).tolist())
 
@@ -60,7 +60,7 @@ PROMPTS = tuple(prompt(seed) for seed in range(4))
 
 
 def train(base_path: str, spec: AdapterSpec, folder: Path) -> Trained:
-    """Six steps of real training, and its files in float32."""
+    """Train for six steps, and write the results in float32."""
     model = MultiTaskModel(attached(base_path, spec), len(TASKS), seed=0)
     examples = [
         Example(task, prompt(10 * task + n)[:9], prompt(100 + 10 * task + n)[:3])
@@ -102,7 +102,7 @@ def attached(base_path: str, spec: AdapterSpec) -> AdaptedModel:
 
 @torch.no_grad()
 def said(model: MultiTaskModel, ids: tuple[int, ...]) -> Tensor:
-    """Log-probabilities of a prompt's tokens but the first, under the routing that is set."""
+    """Log-probabilities of a prompt's tokens but the first, under the model's routing."""
     found = model.adapted.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
     return torch.stack([found[at, token] for at, token in enumerate(ids[1:])])
 
@@ -113,7 +113,7 @@ def read(inventory: Inventory, name: str) -> TaskVersion:
 
 @pytest.fixture(scope="module")
 def trained(small_base: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
-    """What was trained with a method, once."""
+    """Trains with a method by name, once: `trained("lora")`."""
     known: dict[str, Trained] = {}
 
     def find(name: str) -> Trained:
@@ -126,7 +126,7 @@ def trained(small_base: str, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 
 def check(answers: list[Answer], trained: Trained) -> None:
-    """Every prompt under every task; and no two tasks say the same, so that a wrong one shows."""
+    """Compare every prompt under every task; tasks differ, so that a wrong one is noticed."""
     names = list(trained.tasks)
     expected = {name: torch.cat(trained.logprobs[name]) for name in names}
     per_task = len(PROMPTS)

@@ -1,4 +1,4 @@
-"""Rows of the routing table change hands only when nobody uses them."""
+"""Slots of the routing table change hands only while no request uses them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Written = dict[int, TaskVersion]
 
 @pytest.fixture
 def written() -> Written:
-    """What each slot was last given."""
+    """The task that was written last to each slot."""
     return {}
 
 
 @pytest.fixture
 def slots(written: Written) -> SlotCache:
-    """Two slots beside the base model's."""
+    """Two slots, besides the base model's."""
     return SlotCache(3, written.__setitem__)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from polyrex.adapters.model.attach import AdaptedModel
+from polyrex.adapters.model.attach import AdaptedModel, attach, find_targets
+from polyrex.adapters.model.base_model import load_base
+from polyrex.adapters.model.intuition import EncoderIdentity, Intuition
 from polyrex.adapters.spec import AdapterSpec
 from polyrex.training.data.batches import encode_answer
 from polyrex.training.data.questions import Question
@@ -71,6 +74,24 @@ def test_options_share_a_prompt_and_keep_their_scores(
             assert [score.logprob for score in scores] == pytest.approx(plain, abs=1e-4)
     base = option_scores(adapted, questions)
     assert [s.logprob for s in base[0]] != pytest.approx([s.logprob for s in found[0]], abs=1e-2)
+
+
+def test_questions_with_an_intuition_are_routed_for_their_batch_only(tiny_base: Path) -> None:
+    model = load_base(str(tiny_base), torch.float32)
+    spec = AdapterSpec("trex", rank=2, granularity="model", intuition=3)
+    intuition = Intuition(torch.eye(3), EncoderIdentity("none", 3, "0" * 64), spec.gates)
+    intuition.reset(torch.Generator().manual_seed(0))
+    adapted = attach(model, spec, find_targets(model), intuition=intuition)
+    with torch.no_grad():
+        for layer in adapted.layers:
+            generator = torch.Generator().manual_seed(layer.index)
+            layer.experts.get_parameter("lora_b").normal_(generator=generator)
+    plain = Question((5, 6, 7), ((8, 9), (10,)))
+    with torch.inference_mode():
+        (own,) = option_scores(adapted, [replace(plain, intuition=torch.ones(3))])
+        (base,) = option_scores(adapted, [plain])
+    assert [score.logprob for score in own] != [score.logprob for score in base]
+    assert all(layer.added is None for layer in adapted.layers)
 
 
 @torch.inference_mode()

@@ -21,6 +21,7 @@ from polyrex.adapters.spec import AdapterSpec
 from polyrex.training.data.batches import Example, batch_indices, collate, encode_rows
 from polyrex.training.loop.run import LoopConfig, StepRecord, run
 from polyrex.training.model.multi_task import MultiTaskModel
+from polyrex.training.train import TrainConfig
 
 MakeAdapted = Callable[[AdapterSpec], AdaptedModel]
 
@@ -63,6 +64,48 @@ def test_fresh_adapters_leave_the_base_models_loss(
     logits = base(**batch.inputs).logits
     rows = [F.cross_entropy(logits[i], batch.targets[i], reduction="mean") for i in range(5)]
     torch.testing.assert_close(found, torch.stack(rows).mean())
+
+
+def test_loss_leaves_nothing_on_the_model(
+    make_adapted: MakeAdapted, examples: list[Example]
+) -> None:
+    """Not even where the forward pass fails."""
+    model = MultiTaskModel(make_adapted(SPEC), 2, seed=0)
+    batch = collate(examples[:5], 0)
+    model.loss(batch)
+    assert all(layer.added is None for layer in model.adapted.layers)
+    with pytest.raises(IndexError):
+        model.loss(replace(batch, inputs={"input_ids": torch.tensor([[10**6]])}))
+    assert all(layer.added is None for layer in model.adapted.layers)
+
+
+def test_experts_that_were_trained_and_frozen_again_are_derived_anew(
+    make_adapted: MakeAdapted, examples: list[Example]
+) -> None:
+    adapted = make_adapted(SPEC)
+    model = MultiTaskModel(adapted, 2, seed=0)
+    batch = collate(examples[:5], 0)
+    model.experts.requires_grad_(False)
+    fresh = model.loss(batch)
+    run(model, model.parameter_groups(), examples, LOOP, pad=0)
+    model.experts.requires_grad_(False)
+    again = MultiTaskModel(adapted, 2, seed=0)
+    again.logits.data.copy_(model.logits)
+    assert torch.equal(model.loss(batch), again.loss(batch))
+    assert not torch.equal(model.loss(batch), fresh)
+
+
+def test_routing_that_is_not_trained_is_in_no_group(make_adapted: MakeAdapted) -> None:
+    model = MultiTaskModel(make_adapted(SPEC), 2, seed=0)
+    trained, fixed = model.parameter_groups(), model.parameter_groups(routing=False)
+    assert [name for name, _ in trained["routing"]] == ["logits"]
+    assert fixed == trained | {"routing": []}
+
+
+def test_epochs_count_unless_steps_are_given() -> None:
+    config = TrainConfig(Path(), Path(), SPEC, epochs=2.5, loop=LoopConfig(steps=0, batch_rows=4))
+    assert config.steps(rows=16) == 10
+    assert replace(config, loop=LoopConfig(steps=7, batch_rows=4)).steps(rows=16) == 7
 
 
 def test_same_seed_gives_the_same_curve(make_adapted: MakeAdapted, examples: list[Example]) -> None:

@@ -49,6 +49,18 @@ def test_parts_hold_every_row_once() -> None:
         assert len(found) <= parts
 
 
+def test_processes_meet_on_the_cpu_where_there_is_a_gpu_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Gradients are on the CPU, where NCCL cannot sum them."""
+    backends: list[str] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "init_process_group", backends.append)
+    Ranks()
+    assert backends == ["gloo"]
+
+
 def test_two_processes_train_what_one_does(
     tiny_base: Path, rows_folder: Path, tmp_path: Path
 ) -> None:

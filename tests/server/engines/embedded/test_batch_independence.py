@@ -24,7 +24,7 @@ def tasks(make_task: MakeTask) -> list[TaskVersion]:
 
 @pytest.fixture(scope="module")
 def alone(engine: EmbeddedEngine, tasks: list[TaskVersion]) -> list[Ids]:
-    """What each task answers to its own prompt when nothing else runs."""
+    """Each task's answer to its own prompt while nothing else runs."""
 
     async def one_by_one() -> list[Ids]:
         return [(await complete(engine, prompt(i), task)).ids for i, task in enumerate(tasks)]

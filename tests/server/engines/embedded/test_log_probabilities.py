@@ -23,7 +23,7 @@ from support.engine_calls import (
 
 
 def check(tokens: tuple[Token, ...], logprobs: torch.Tensor, alternatives: int) -> None:
-    """Tokens against rows of log-probabilities [tokens, vocabulary]."""
+    """Compare tokens with rows of log-probabilities [tokens, vocabulary]."""
     for token, row in zip(tokens, logprobs, strict=True):
         assert token.logprob == pytest.approx(row[token.id].item(), abs=1e-3)
         values, ids = row.topk(alternatives)

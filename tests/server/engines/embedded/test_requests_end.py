@@ -24,13 +24,13 @@ LONG = replace(GREEDY, max_tokens=500)
 
 
 async def idle(engine: EmbeddedEngine) -> None:
-    """Wait until the engine has nothing left; the test's own time limit is what ends it."""
+    """Wait until no request is left in the engine, or the test's time is up."""
     while engine.stats().running or engine.stats().waiting:
         await asyncio.sleep(0.01)
 
 
 def diverging(task: TaskVersion) -> TaskVersion:
-    """A task whose every output is not a number."""
+    """A task whose outputs are all NaN."""
     info = replace(task.info, router_sha256="nan")
     nan = torch.full_like(task.router.weights, float("nan"))
     return TaskVersion(info, replace(task.router, weights=nan))

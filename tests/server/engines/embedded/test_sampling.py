@@ -1,4 +1,4 @@
-"""Drawing tokens: seeds, temperature, top_p; and each request with its own luck."""
+"""Tokens are drawn by seed, temperature and top_p, for each request on its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
 
 def draw(count: int, logits: torch.Tensor = LOGITS, **sampling: float) -> Counter[int]:
-    """How often each token comes, drawn `count` times."""
+    """How often each token occurs in `count` draws."""
     params = SamplingParams(max_tokens=1, **sampling)  # type: ignore[arg-type]  # floats, all of them
     generator = torch.Generator().manual_seed(0)
     chosen = choose(logits.expand(count, -1), [Draw(params, generator)] * count)

@@ -21,7 +21,7 @@ from support.running_vllm import LONG, Running, running_vllm
 from support.small_model import SPECS
 
 ROUTED = next(spec for spec in SPECS if spec.method == "tensorpoly-1")
-SECONDS = 60  # far more than it takes: a test that hangs should fail instead
+SECONDS = 60  # far more than it takes, so that a test fails instead of hanging
 
 
 def core_process(running: Running) -> int:
@@ -46,7 +46,7 @@ async def stream(engine: VllmEngine, task: TaskVersion | None, begun: asyncio.Se
 async def end_while_streaming(
     running: Running, tasks: list[TaskVersion | None], victim: int | None, late: TaskVersion
 ) -> list[Any]:
-    """How everyone's request ends: of those that run, and of one that comes late."""
+    """How each request ends: those that run, and one that comes late."""
     begun = asyncio.Semaphore(0)
     requests = [asyncio.create_task(stream(running.engine, task, begun)) for task in tasks]
     for _ in tasks:
@@ -61,7 +61,7 @@ async def end_while_streaming(
 
 
 def runs(pid: int) -> bool:
-    """Whether a process has not ended; one that nobody has waited for yet has."""
+    """Whether a process is still running; a zombie is not."""
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

@@ -1,4 +1,4 @@
-"""The vLLM engine on the real base model against the embedded engine: float32, mixed batches."""
+"""The vLLM engine agrees with the embedded engine: real base model, float32, mixed batches."""
 
 from __future__ import annotations
 

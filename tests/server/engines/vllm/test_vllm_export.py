@@ -22,7 +22,7 @@ from support.small_model import SPECS, VOCABULARY, spec_id
 
 LORAS = {"lora", "poly", "mhr", "tlora", "tensorpoly-1", "tensorpoly-2"}
 EXPORTED = [spec for spec in SPECS if spec.method in LORAS or spec.form == "static"]
-"""The methods of which a task is one LoRA; tests/adapters/test_peft.py has the others refused."""
+"""The methods whose tasks are LoRAs; tests/adapters/peft/test_peft.py shows the others refused."""
 PROMPT = tuple(number * 37 % VOCABULARY for number in range(1, 31))
 TOLERANCE = 1e-4
 
@@ -30,7 +30,7 @@ TOLERANCE = 1e-4
 @pytest.fixture(scope="module")
 def multi_lora(small_base: str) -> Iterator[LLM]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_PLUGINS", "")  # no polyrex in there
+        patch.setenv("VLLM_PLUGINS", "")  # without polyrex
         llm = LLM(
             small_base,
             dtype="float32",
@@ -64,7 +64,7 @@ def expected(model: Any) -> Tensor:
 def test_vllm_serves_the_export_as_polyrex_computes_the_task(
     multi_lora: LLM, small_base: str, tmp_path: Path, spec: AdapterSpec
 ) -> None:
-    """The wrong case: another task, or the base model where the method has one adapter for all."""
+    """The wrong case is another task, or the base model if the method has one adapter for all."""
     inventory = make_inventory(tmp_path / "inventory.safetensors", small_base, spec, spread=0.05)
     task, other = make_task(inventory, 1), make_task(inventory, 2)
     folder = tmp_path / "lora"

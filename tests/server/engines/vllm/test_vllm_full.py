@@ -1,6 +1,6 @@
 """Every method on vLLM with the real base model: `make test-vllm-full`, about half an hour.
 
-Writes what it finds to tests/results/vllm_same_tokens.json.
+Writes its figures to tests/results/vllm_same_tokens.json.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ SPECS = {
     AdapterSpec("molora", rank=4, experts=8): 0.3,
     AdapterSpec("sira", rank=4, experts=8): 0.3,
 }
-"""With how far random experts are spread: so that they change the log-probabilities of a text by
-about a half, as trained ones do. Far larger ones make any two roundings differ."""
+"""Specs with the spread of their random experts. It changes log-probabilities of a text by about
+a half, as trained experts do. Far larger experts would amplify any rounding error."""
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 SCORED = replace(GREEDY, max_tokens=0, prompt_logprobs=0)
 TASKS, PROMPTS = 8, 20
@@ -64,7 +64,7 @@ Compared = Callable[[Running, AdapterSpec], dict[str, float]]
 
 
 def requests(inventory: Inventory, sampling: SamplingParams) -> list[Asked]:
-    """Of eight tasks and the base model, mixed."""
+    """Requests of the base model and of eight tasks."""
     tasks = [None, *(make_task(inventory, seed) for seed in range(TASKS))]
     prompts = [prompt(number) for number in range(PROMPTS)]
     if sampling is SCORED:
@@ -74,14 +74,14 @@ def requests(inventory: Inventory, sampling: SamplingParams) -> list[Asked]:
 
 
 def logprobs(answers: list[Answer]) -> Tensor:
-    """[1 + TASKS, tokens]: of every prompt token that has one, the base model's first."""
+    """[1 + TASKS, tokens], the base model's first: those of every prompt token that has one."""
     scored: list[tuple[Token, ...]] = [answer.prompt or () for answer in answers]
     found = [token.logprob for each in scored for token in each if token.logprob is not None]
     return torch.tensor(found, dtype=torch.float64).view(1 + TASKS, -1)
 
 
 def compare(ours: Tensor, theirs: Tensor, exact: Tensor) -> dict[str, float]:
-    """Two engines in bfloat16, and one of them in float32: differences of log-probabilities."""
+    """Differences of log-probabilities: two engines in bfloat16, and one of them in float32."""
     apart = (ours - theirs).abs()
     return {
         "tokens": ours.numel(),
@@ -96,9 +96,9 @@ def compare(ours: Tensor, theirs: Tensor, exact: Tensor) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def found() -> Iterator[Found]:
-    """By method, then by what was measured; written at the end, whatever failed.
+    """Figures by method and name; they are written at the end, even if tests failed.
 
-    What an earlier run has measured, and this one does not, stays.
+    Figures of an earlier run that this one does not measure again are kept.
     """
     found: Found = {spec_id(spec): {} for spec in SPECS}
     if RESULTS.exists():
@@ -149,7 +149,7 @@ def vllm(
 def compared(
     embedded: Embedded, inventories: dict[AdapterSpec, Inventory], found: Found
 ) -> Compared:
-    """Log-probabilities in bfloat16, measured once a method."""
+    """Compares log-probabilities in bfloat16, once per method."""
 
     @cache
     def run(running: Running, spec: AdapterSpec) -> dict[str, float]:

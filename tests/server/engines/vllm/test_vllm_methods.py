@@ -1,4 +1,4 @@
-"""vLLM on a small model, compiled and on two ranks, says what the embedded engine says."""
+"""vLLM, compiled and on two ranks, gives the embedded engine's answers on a small model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Embedded = Callable[[AdapterSpec, tuple[Asked, ...]], list[Answer]]
 
 
 def prompt(seed: int, length: int | None = None) -> Prompt:
-    """Of lengths from 3 to 98; every second one begins as the one before it."""
+    """Random tokens, 3 to 98 of them; those of seeds 2k and 2k + 1 begin alike."""
     generator = torch.Generator().manual_seed(seed // 2)
     length = length or 3 + 5 * seed
     return tuple(torch.randint(VOCABULARY, (length,), generator=generator).tolist())
@@ -51,7 +51,7 @@ def inventories(small_base: str, tmp_path_factory: pytest.TempPathFactory) -> In
 
 @pytest.fixture(scope="module")
 def embedded(small_base: str, inventories: Inventories) -> Embedded:
-    """What the embedded engine answers with a method's inventory, computed once."""
+    """Answers of the embedded engine with a method's inventory, computed once."""
 
     async def ask(
         adapted: AdaptedModel, inventory: Inventory, asked: tuple[Asked, ...]

@@ -1,4 +1,4 @@
-"""Who waits for a slot of the vLLM engine, and for how long; vLLM itself is stood in for."""
+"""Requests wait in turn for a slot of the vLLM engine; a stand-in takes the place of vLLM."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OUTPUT = SimpleNamespace(
 
 @dataclass
 class StandIn:
-    """Takes messages as vLLM does; a request ends when the test says so."""
+    """Takes messages as vLLM does; the test decides when a request ends."""
 
     messages: list[tuple[str, int]] = field(default_factory=list)
     asked: list[str | None] = field(default_factory=list)
@@ -61,19 +61,19 @@ class StandIn:
 
 @dataclass
 class Waiting:
-    """An engine with one slot beside the base model's."""
+    """An engine with one slot, besides the base model's."""
 
     engine: VllmEngine
     vllm: StandIn
 
     async def ask(self, task: TaskVersion | None) -> asyncio.Task[Answer]:
-        """Begin a request, and let it get as far as it can."""
+        """Start a request, and let it run as far as it can."""
         asked = asyncio.create_task(complete(self.engine, (1, 2, 3), task, ONE))
         await settle()
         return asked
 
     async def end(self, number: int) -> None:
-        """Let a request that reached vLLM end, and others follow."""
+        """End a request that has reached vLLM, and let others follow."""
         self.vllm.ends[number].set()
         await settle()
 

@@ -14,7 +14,8 @@ from prometheus_client.registry import Collector
 
 from polyrex.adapters.files.registry import TaskRegistry
 from polyrex.server.engines.base import Engine
-from polyrex.server.requests.admission import Gate
+
+from .admission import Gate
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 

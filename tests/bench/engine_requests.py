@@ -1,0 +1,30 @@
+"""Requests of token ids, sent to an engine in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Iterable
+from contextlib import aclosing
+
+from polyrex.adapters.files.task import TaskVersion
+from polyrex.server.engines.base import Engine, GenerationRequest, SamplingParams
+
+
+async def answer(
+    engine: Engine, prompt: tuple[int, ...], new: int, task: TaskVersion | None
+) -> int:
+    """Generate `new` tokens greedily; returns their number."""
+    sampling = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
+    request = GenerationRequest("bench", prompt, sampling, task)
+    async with aclosing(engine.generate(request)) as chunks:
+        return sum([len(chunk.tokens) async for chunk in chunks])
+
+
+async def tokens_per_second(answers: Iterable[Awaitable[int]], new: int) -> float:
+    """The rate of new tokens when these answers, of `new` tokens each, are awaited at once."""
+    started = time.perf_counter()
+    counts = await asyncio.gather(*answers)
+    seconds = time.perf_counter() - started
+    assert set(counts) == {new}
+    return sum(counts) / seconds
