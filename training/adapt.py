@@ -67,7 +67,7 @@ class AdaptConfig:
     out: Path
     """Folder for results."""
     mode: AdaptMode = "routing"
-    """What is trained: the task's routing, with the inventory unchanged; the token routers; the
+    """The part that is trained: the task's routing, with the inventory unchanged; the token routers; the
     modules, with uniform routing; or both modules and routing."""
     rows: PositiveInt = 32
     """Train rows used; the seed determines which."""

@@ -107,7 +107,7 @@ def _line(event: Event) -> str:
 
 
 def _summary(last: Event) -> str:
-    """What became of the fit, with its scores."""
+    """The outcome of the fit, with its scores."""
     match last:
         case {"event": "registered", "task": {"scores": {"held_out": scores}}}:
             return f"{_line(last)}; {_scores(scores)}"

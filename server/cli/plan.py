@@ -34,7 +34,7 @@ CPU = "cpu"
 
 @dataclass(frozen=True)
 class Deployment:
-    """What is asked about, and what is predicted of it."""
+    """A deployment, and the forecast for it."""
 
     model: str
     gpu: str
@@ -137,7 +137,7 @@ def plan(
 
 
 def device_limits(name: str, bandwidth_gbs: float | None, tflops: float | None) -> DeviceLimits:
-    """What a device reaches; figures that are given stand in for its own.
+    """The speed that a device reaches; given figures replace its own.
 
     The CPU is measured, unless both are given. Raises PlanError.
     """

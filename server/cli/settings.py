@@ -26,7 +26,7 @@ Source = Callable[[App, tuple[str, ...], ArgumentCollection], None]
 
 
 def sources(path: Path | None, commands: Iterable[str]) -> tuple[Source, ...]:
-    """What fills in the settings that no flag gave, in order of precedence.
+    """The sources of settings that no flag gave, in order of precedence.
 
     `path` is the TOML file, if there is one. Raises CycloptsError where it cannot be read, or has
     a table that belongs to none of `commands`.
@@ -60,10 +60,10 @@ class _File(Dict):
         for command in commands:
             table = table.get(command, {})
         known = [name.removeprefix("--").replace("-", "_") for name in _options(arguments)]
-        where = f"{self.source}: key of [{'.'.join(commands)}]"
+        kind = f"key of [{'.'.join(commands)}]"
         for key in _keys(table) if commands else ():
             if key.replace("-", "_") not in known:
-                raise unknown(where, key, known)
+                raise unknown(kind, key, known, f"{self.source}: ")
         super().__call__(app, commands, arguments)
 
 
@@ -76,9 +76,10 @@ def _refuse_fractions(_app: App, _commands: tuple[str, ...], arguments: Argument
                     raise CoercionError(token=token, argument=argument, target_type=int)
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> CycloptsError:
+def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> CycloptsError:
     """The error about a name that is not known; it names the nearest that is."""
-    return CycloptsError(msg=f"unknown {kind} {name}; did you mean {nearest(name, known)}?")
+    hint = f"did you mean {nearest(name, known)}?"
+    return CycloptsError(msg=f"{where}unknown {kind} {name}; {hint}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -119,7 +120,7 @@ def _read(path: Path, commands: Iterable[str]) -> dict[str, Any]:
         raise CycloptsError(msg=f"{path}: cannot be read: {reason}") from error
     for name, table in tables.items():
         if name not in commands:
-            raise unknown(f"{path}: table", f"[{name}]", [f"[{each}]" for each in commands])
+            raise unknown("table", f"[{name}]", [f"[{each}]" for each in commands], f"{path}: ")
         if not isinstance(table, dict):
             raise CycloptsError(msg=f"{path}: [{name}] must be a table, not {table!r}")
     return tables

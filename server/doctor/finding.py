@@ -1,4 +1,4 @@
-"""What a check of the installation returns."""
+"""The result of one check of the installation."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ class Finding:
     status: Status
     found: str
     effect: str = ""
-    """What will run on it, and why."""
+    """The part of polyrex that will run on it, and why."""
     advice: str = ""
-    """What to do otherwise."""
+    """Advice, where something is missing."""

@@ -9,15 +9,14 @@ import tempfile
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-import torch
 from packaging.requirements import Requirement
 
 from polyrex.adapters.errors import PolyrexError
 from polyrex.adapters.files.inventory import read_inventory
-from polyrex.adapters.model.base_model import DEFAULT_BASE
+from polyrex.adapters.model.base_model import DEFAULT_BASE, torch_dtype
 from polyrex.kernels.cpu.build import cache_folder
 from polyrex.kernels.roofline.model_shapes import ModelShape
-from polyrex.server.config import Dtype, EngineName, Launch
+from polyrex.server.config import EngineName, Launch
 from polyrex.server.engines.vllm.version import SUPPORTED_VERSIONS, check_version
 from polyrex.server.errors import StartError
 from polyrex.server.launch.loading import shipped_inventory
@@ -25,8 +24,6 @@ from polyrex.server.launch.model_shape import PlanError, model_shape
 
 from .finding import Finding, Status
 from .machine import free_memory, runs_on
-
-_BYTES = {Dtype.bfloat16: 2, Dtype.float32: 4}
 
 
 def packages(_launch: Launch) -> Finding:
@@ -133,7 +130,7 @@ def memory(launch: Launch) -> Finding:
 
 def memory_needs(launch: Launch, shape: ModelShape) -> dict[str, int]:
     """The bytes that an engine allocates for its life, by what they are for."""
-    size = _BYTES[launch.dtype]
+    size = torch_dtype(launch.dtype).itemsize
     if launch.engine is EngineName.vllm:
         ranks = launch.vllm.tensor_parallel
         on_one_machine = 1 if runs_on(launch).type == "cuda" else ranks  # the CPU's ranks share it
@@ -147,11 +144,6 @@ def memory_needs(launch: Launch, shape: ModelShape) -> dict[str, int]:
         "KV cache": size * shape.kv_numbers * launch.embedded.kv_cache_tokens,
         "state of tasks": launch.embedded.state_bytes,
     }
-
-
-def torch_dtype(launch: Launch) -> torch.dtype:
-    """The data type that the model computes in."""
-    return torch.bfloat16 if launch.dtype is Dtype.bfloat16 else torch.float32
 
 
 def _model_folder(launch: Launch) -> str:

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from polyrex.adapters.methods.registry import METHODS
+from polyrex.adapters.model.base_model import torch_dtype
 from polyrex.adapters.serving.backends import explain
 from polyrex.server.config import Launch
 
@@ -39,7 +40,7 @@ _STYLES = {Status.ok: "green", Status.note: "yellow", Status.missing: "red"}
 
 @dataclass(frozen=True)
 class Backend:
-    """What runs the adapters of a method, and why."""
+    """The backend of a method's adapters, and the reason for it."""
 
     method: str
     form: str
@@ -79,7 +80,7 @@ def examine(launch: Launch) -> Report:
 
 
 def _backends(launch: Launch) -> tuple[Backend, ...]:
-    dtype, device = installation.torch_dtype(launch), machine.runs_on(launch)
+    dtype, device = torch_dtype(launch.dtype), machine.runs_on(launch)
     lines = (
         Backend(name, spec.form if "form" in cls.uses else "", *explain(spec, dtype, device))
         for name, cls in METHODS.items()

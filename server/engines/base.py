@@ -1,4 +1,4 @@
-"""What passes between the HTTP layer and an engine, and the protocol that every engine implements.
+"""The objects that the HTTP layer and an engine exchange, and the protocol of an engine.
 
 Engines work on token ids. Text (prompts, chat templates, stop strings, incremental decoding) is
 handled in server/requests, the same way for every engine.

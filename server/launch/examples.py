@@ -1,4 +1,4 @@
-"""What a server that is ready prints: questions with their answers, and a command to paste."""
+"""The text that a server prints once it is ready: examples, and a command to paste."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def examples_text(config: ServerConfig, registry: TaskRegistry, examples: Sequen
     if not shown:
         return _curl(config, _any_request(registry))
     first = {"task": shown[0].task, "prompt": shown[0].prompt}
-    return "\n\n".join([*(_description(example) for example in shown), _curl(config, first)])
+    width = max(len(_BASE), *(len(example.task) for example in shown))
+    described = [_description(example, width) for example in shown]
+    return "\n\n".join([*described, _curl(config, first)])
 
 
 def _holds(example: Example, registry: TaskRegistry) -> bool:
@@ -37,9 +39,8 @@ def _holds(example: Example, registry: TaskRegistry) -> bool:
         return False
 
 
-def _description(example: Example) -> str:
-    width = max(len(example.task), len(_BASE))
-    question = example.prompt.removesuffix("Answer:")
+def _description(example: Example, width: int) -> str:
+    question = example.prompt.removesuffix("\nAnswer:").replace("\n", " / ")
     return "\n".join(
         [
             textwrap.shorten(question, _WIDTH, placeholder=" ..."),

@@ -9,11 +9,12 @@ import torch
 from fastapi import FastAPI
 from transformers.utils.logging import disable_progress_bar
 
+from polyrex.adapters.files.bundle import INVENTORY, Bundle
 from polyrex.adapters.files.examples import Example, read_examples
-from polyrex.adapters.files.inventory import Inventory, load_experts, read_inventory
+from polyrex.adapters.files.inventory import Inventory, load_experts
 from polyrex.adapters.files.registry import TaskRegistry
-from polyrex.adapters.model.base_model import load_base, load_tokenizer, resolve_base
-from polyrex.server.config import Device, Dtype, EngineName, Launch
+from polyrex.adapters.model.base_model import load_base, load_tokenizer, resolve_base, torch_dtype
+from polyrex.server.config import Device, EngineName, Launch
 from polyrex.server.engines.base import Engine
 from polyrex.server.engines.threads import in_passing_thread
 from polyrex.server.errors import StartError
@@ -21,8 +22,6 @@ from polyrex.server.http.app import create_app
 from polyrex.server.requests.prompt_routing import prompt_intuition
 
 from .progress import Progress
-
-_DTYPES = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,8 @@ def load(launch: Launch, progress: Progress) -> Loaded:
     name = launch.server.model
     path = launch.inventory or shipped_inventory(name)
     with progress.stage(f"inventory {path}"):
-        inventory = read_inventory(path)
+        bundle = Bundle.read(path)
+        inventory = bundle.inventory
         examples = tuple(read_examples(path))
     with progress.stage(f"base model {name}"):
         base = resolve_base(name, progress.say)
@@ -48,10 +48,7 @@ def load(launch: Launch, progress: Progress) -> Loaded:
     with progress.stage(f"the {launch.engine} engine"):
         engine = _ENGINES[launch.engine](launch, base, inventory)
     with progress.stage(f"tasks in {launch.tasks_folder}"):
-        shipped = path.parent / "routers"
-        registry = TaskRegistry(
-            launch.tasks_folder, inventory, shipped if shipped.is_dir() else None
-        )
+        registry = TaskRegistry(launch.tasks_folder, inventory, bundle.folder)
     rejected = len(registry.rejected)
     progress.say(f"{len(registry)} tasks" + (f", {rejected} files rejected" if rejected else ""))
     intuition = prompt_intuition(inventory)
@@ -63,7 +60,7 @@ def _embedded(launch: Launch, base: str, inventory: Inventory) -> Engine:
     from polyrex.server.engines.embedded.engine import EmbeddedEngine
 
     def make() -> Engine:
-        model = load_base(base, _DTYPES[launch.dtype], _device(launch.device))
+        model = load_base(base, torch_dtype(launch.dtype), _device(launch.device))
         adapted = load_experts(inventory, model)
         return EmbeddedEngine(adapted, inventory, launch.embedded)
 
@@ -94,7 +91,7 @@ def shipped_inventory(base: str) -> Path:
     """The path of the inventory shipped for a base model; raises StartError where there is none."""
     # Found through the resolved path of this file: an editable install links the code alone.
     package = Path(__file__).resolve().parents[2]
-    path = package / "adapters" / "shipped" / base / "inventory.safetensors"
+    path = package / "adapters" / "shipped" / base / INVENTORY
     if not path.exists():
         raise StartError(f"no inventory comes with polyrex for {base}: give --inventory FILE")
     return path

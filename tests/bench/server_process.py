@@ -31,7 +31,7 @@ Fields = dict[str, Any]
 
 @contextmanager
 def server_process(inventory: Path, *options: str) -> Iterator[tuple[httpx.Client, psutil.Process]]:
-    """A ready server without tasks of its own; settings other than `options` are the defaults."""
+    """A ready server with nothing registered yet; `options` change its default settings."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Servers with the fake engine, for the tests of the HTTP side."""
+"""Servers with a fake engine, for the tests of HTTP."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.fake_server import FakeEngine, Serve, Served, serving
 def serve(
     tmp_path: Path, random_inventory: Inventory, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[Serve]:
-    """Starts servers: `serve(engine, max_in_flight=2)`, the names being ServerConfig's."""
+    """Start servers: `serve(engine, max_in_flight=2)`; the keywords are fields of ServerConfig."""
     with ExitStack() as running:
 
         def start(engine: FakeEngine | None = None, **changes: Any) -> Served:
@@ -33,5 +33,5 @@ def serve(
 
 @pytest.fixture
 def served(serve: Serve) -> Served:
-    """A server with the fake engine as it is."""
+    """A server with a fake engine that behaves."""
     return serve()

@@ -1,4 +1,4 @@
-"""`polyrex serve` as its users have it: a process, the embedded engine, the real base model."""
+"""`polyrex serve` as users run it: a process, the embedded engine, the real base model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TASKS = [f"task-{index}" for index in range(32)]
 
 @dataclass
 class Process:
-    """A server process that answers."""
+    """A server process that is ready."""
 
     url: str
     popen: subprocess.Popen[str]
@@ -70,7 +70,7 @@ def free_port() -> int:
 
 @contextmanager
 def serving(inventory: Path, folder: Path, *options: str) -> Iterator[Process]:
-    """A server process, until it is stopped or the context ends."""
+    """Run a server process until it is stopped or the context ends."""
     port = free_port()
     command = [POLYREX, "serve", "--inventory", str(inventory), "--port", str(port)]
     command += ["--tasks-dir", str(folder / "tasks"), *options]
@@ -156,7 +156,7 @@ def test_logprobs_are_those_of_the_text(server: Process) -> None:
     assert "".join(logprobs["tokens"]) == choice["text"]
     assert logprobs["token_logprobs"][0] is None
     assert all(logprob <= 0 for logprob in logprobs["token_logprobs"][1:])
-    # What was drawn greedily is the likeliest.
+    # Greedy decoding draws the likeliest token.
     for text, logprob, top in list(
         zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True)
     )[-4:]:
@@ -191,7 +191,7 @@ def test_tasks_that_come_and_go_leave_the_others_answers_alone(
         for guest in guests:
             guest.result()
     assert all(right)
-    assert len(set(alone.values())) > len(TASKS) / 2  # else a mix-up could go unseen
+    assert len(set(alone.values())) > len(TASKS) / 2  # else a mix-up could go unnoticed
 
 
 def test_a_new_version_answers_what_it_answers_from_cold(
@@ -255,16 +255,16 @@ def test_the_printed_examples_are_answered_as_they_say(base_path: str, tmp_path:
     with serving(inventory, tmp_path) as server:
         printed = server.output.read_text()
         for example in examples:
-            request = {"prompt": example.prompt, "max_tokens": MAX_TOKENS}
-            assert server.text(task=example.task, **request).strip() == example.answer
-            assert server.text(**request).strip() == example.base_answer
+            answer = server.text(example.prompt, max_tokens=MAX_TOKENS, task=example.task)
+            base_answer = server.text(example.prompt, max_tokens=MAX_TOKENS)
+            assert (answer.strip(), base_answer.strip()) == (example.answer, example.base_answer)
             assert example.answer == gold_answer(example)
             assert example.answer not in example.base_answer
             assert f"{example.task} " in printed
             assert example.answer in printed
-        answer = paste(server)
-    assert answer["model"] == examples[0].task
-    assert answer["choices"][0]["text"].strip() == examples[0].answer
+        pasted = paste(server)
+    assert pasted["model"] == examples[0].task
+    assert pasted["choices"][0]["text"].strip() == examples[0].answer
 
 
 def tasks_command(server: Process, *words: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""A deterministic fake engine, for the server's own faults only, behind a real HTTP server."""
+"""A deterministic fake engine behind a real HTTP server, to test the server alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from polyrex.server.requests.prompt_routing import PromptIntuition
 
 @dataclass
 class FakeEngine:
-    """Replies with `reply`, over and over, one token a chunk; can be told to misbehave."""
+    """Repeats `reply`, one token per chunk; can be told to misbehave."""
 
     reply: tuple[int, ...] = (28, 29, 30)
     context_length: int = 256
@@ -103,7 +103,7 @@ def _token(token_id: int, logprobs: int | None) -> Token:
 
 @dataclass
 class Served:
-    """A server that runs."""
+    """A running server."""
 
     url: str
     client: httpx.Client
@@ -127,7 +127,7 @@ def serving(
     intuition: PromptIntuition | None = None,
     **changes: Any,
 ) -> Iterator[Served]:
-    """A server, while the context lasts; `changes` are fields of ServerConfig."""
+    """Run a server while the context lasts; `changes` are fields of ServerConfig."""
     registry = TaskRegistry(folder, inventory)
     config = replace(ServerConfig(model="base"), drain_seconds=1, **changes)
     app = create_app(config, engine, registry, tokenizer, intuition)

@@ -322,7 +322,7 @@ def test_an_unknown_toml_key_is_told_the_nearest(
 ) -> None:
     line = refusal(toml(tmp_path, text))
     where = tmp_path / "polyrex.toml"
-    assert line == f"polyrex serve: unknown {where}: {unknown}; did you mean {near}?"
+    assert line == f"polyrex serve: {where}: unknown {unknown}; did you mean {near}?"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""API keys: every route but two asks for one, whatever the request looks like."""
+"""API keys: every route but two requires one, whatever the request looks like."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def guarded(
     tokenizer: PreTrainedTokenizerBase,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Served]:
-    """A server that asks for keys."""
+    """A server that requires a key."""
     folder = tmp_path_factory.mktemp("tasks")
     digests = tuple(hashlib.sha256(key.encode()).digest() for key in KEYS)
     with serving(
@@ -34,7 +34,7 @@ def guarded(
 
 
 def routes(served: Served) -> list[tuple[str, str]]:
-    """Every method and path of the API, and some that are none of its own."""
+    """Every method and path of the API, and some paths outside it."""
     headers = {"authorization": f"Bearer {KEYS[0]}"}
     paths = served.client.get("/openapi.json", headers=headers).json()["paths"]
     return [

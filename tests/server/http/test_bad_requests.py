@@ -1,4 +1,4 @@
-"""Requests that cannot be served: status, message, and the server goes on."""
+"""Requests that cannot be served get a status and a message, and the server goes on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def served(
     tokenizer: PreTrainedTokenizerBase,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Served]:
-    """One server for all of them: none may do it any harm."""
+    """One server for all tests: no bad request may harm it."""
     folder = tmp_path_factory.mktemp("tasks")
     with serving(folder, random_inventory, tokenizer, FakeEngine()) as running:
         yield running

@@ -1,4 +1,4 @@
-"""POST /v1/completions over a fake engine: what the HTTP layer makes of tokens."""
+"""POST /v1/completions over a fake engine: how tokens become a response."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EMOJI = "né 😀 字 end"
 
 
 def replying(tokenizer: PreTrainedTokenizerBase, text: str) -> FakeEngine:
-    """An engine that says this and ends."""
+    """An engine that replies with this text and ends."""
     return FakeEngine(reply=tuple(tokenizer.encode(text)), eos=True)
 
 

@@ -17,16 +17,16 @@ from .test_completions import events
 
 
 def eventually(condition: Callable[[], bool]) -> None:
-    """Wait until it holds; the test's own time limit is the only one that is short."""
+    """Wait until the condition holds, for ten seconds at least."""
     for _ in range(1000):
         if condition():
             return
         time.sleep(0.01)
-    raise AssertionError("it never came to hold")
+    raise AssertionError("the condition never held")
 
 
 def send(served: Served, body: dict[str, object]) -> socket.socket:
-    """A connection on which a completion has been asked for."""
+    """Open a connection and send a completion request on it."""
     port = served.client.base_url.port or 0
     content = json.dumps(body).encode()
     connection = socket.create_connection(("127.0.0.1", port), timeout=10)

@@ -1,6 +1,6 @@
-"""From a few rows to a live task, over HTTP: what the worker says becomes events and a task.
+"""Fitting over HTTP: the worker's output becomes events and a live task.
 
-The worker is played by a script here; tests/server/test_real_server.py fits with the real one.
+A script plays the worker here.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Play = Callable[..., None]
 
 @pytest.fixture
 def play(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, make_router: MakeRouter) -> Play:
-    """Has a script play the worker: `play(events..., router=b"", ending="")`."""
+    """Let a script play the worker: `play(events..., router=b"", ending="")`."""
 
     def make(*events: dict[str, Any], router: bytes | None = None, ending: str = "") -> None:
         (tmp_path / "router").write_bytes(make_router(1) if router is None else router)

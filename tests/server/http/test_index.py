@@ -1,4 +1,4 @@
-"""GET /, where somebody who only has the server's address begins."""
+"""GET /, the way in for somebody who only has the server's address."""
 
 from __future__ import annotations
 

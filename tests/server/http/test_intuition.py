@@ -1,4 +1,4 @@
-"""Requests routed by what their prompts say."""
+"""Requests routed by their own prompts."""
 
 from __future__ import annotations
 

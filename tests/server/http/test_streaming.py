@@ -1,4 +1,4 @@
-"""Streams of events, as they are sent."""
+"""Event streams, as they are sent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from polyrex.server.http.streaming import EventStream
 
 @pytest.mark.parametrize("fails", [False, True], ids=["done", "failed"])
 def test_what_is_held_is_released_before_the_end_is_said(fails: bool) -> None:
-    """Or whoever has read the end, and asks again at once, would be told to wait."""
+    """Otherwise a client that reads the end and sends its next request at once would get a 429."""
     log: list[str] = []
 
     async def events() -> AsyncGenerator[Json, None]:

@@ -1,4 +1,4 @@
-"""Tasks over HTTP: registered, listed, read, replaced, dropped, and chosen by requests."""
+"""Tasks over HTTP: registered, listed, shown, replaced, dropped, and selected by requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server that is ready prints, and what it does not claim."""
+"""The examples that a server prints once it is ready, and what they must not claim."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def example(registry: TaskRegistry) -> Example:
 
 
 def body(command: str) -> dict[str, object]:
-    """What a curl sends."""
+    """The JSON that a curl sends."""
     words = shlex.split(command)
     found: dict[str, object] = json.loads(words[words.index("-d") + 1])
     return found
@@ -48,7 +48,7 @@ def test_an_example_is_shown_beside_the_base_model(
     registry: TaskRegistry, example: Example
 ) -> None:
     *lines, empty, curl = examples_text(CONFIG, registry, [example]).split("\n")
-    assert lines == ["The plural? it's", "  plural      these", "  base model  1. 2."]
+    assert lines == ["The plural? / it's", "  plural      these", "  base model  1. 2."]
     assert empty == ""
     assert body(curl) == {
         "task": "plural",

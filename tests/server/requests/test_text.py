@@ -1,4 +1,4 @@
-"""Incremental decoding and stop strings, against what they must add up to."""
+"""Incremental decoding and stop strings, against the whole text."""
 
 from __future__ import annotations
 
