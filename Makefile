@@ -26,7 +26,7 @@ test: $(BIN)/.vllm
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check .
 	@$(BIN)/mypy --no-error-summary $(PACKAGES:%=-p %)
-	@$(BIN)/mypy --no-error-summary tests
+	@$(BIN)/mypy --no-error-summary tests examples
 	@$(BIN)/python -m pytest --quiet --no-header $(ARGS)
 
 # The quick loop: style, types, and the tests that need neither vLLM nor the real base model.
@@ -34,7 +34,7 @@ check: $(BIN)/.installed
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check .
 	@$(BIN)/mypy --no-error-summary $(PACKAGES:%=-p %)
-	@$(BIN)/mypy --no-error-summary tests
+	@$(BIN)/mypy --no-error-summary tests examples
 	@$(BIN)/python -m pytest --quiet --no-header -m "not full and not real_model and not vllm" $(ARGS)
 
 # Every method on vLLM with the real base model; writes tests/results/vllm_same_tokens.json.

@@ -64,7 +64,7 @@ def make_router(random_inventory: Inventory) -> MakeRouter:
 
 
 @pytest.fixture(scope="session")
-def shipped_server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a real server with the shipped inventory."""
+def shipped_server_url(base_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server process with the real base model and the shipped inventory."""
     with shipped_server(tmp_path_factory.mktemp("shipped-server")) as url:
         yield url

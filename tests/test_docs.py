@@ -27,11 +27,14 @@ from support.pages import PAGES, ROOT, Block, blocks
 
 ADDRESS = "http://127.0.0.1:8000"
 BIN = Path(sys.executable).parent
-RUN = [page for page in PAGES if any(block.is_run for block in blocks(page))]
 
 
 def name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
+
+
+def needs_server(page: Path) -> bool:
+    return any(block.mark == "test: server" for block in blocks(page))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -42,7 +45,15 @@ def test_every_block_that_can_be_typed_is_marked(page: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("page", RUN, ids=name)
+@pytest.mark.parametrize(
+    "page",
+    [
+        # `make check` leaves out what needs a server.
+        pytest.param(page, id=name(page), marks=[pytest.mark.real_model] * needs_server(page))
+        for page in PAGES
+        if any(block.is_run for block in blocks(page))
+    ],
+)
 def test_what_a_page_shows_works(
     page: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -52,6 +63,20 @@ def test_what_a_page_shows_works(
             run(block, folder, str(request.getfixturevalue("shipped_server_url")))
         elif block.is_run:
             run(block, folder, ADDRESS)
+
+
+def test_marks_are_read(tmp_path: Path) -> None:
+    written = tmp_path / "page.md"
+    written.write_text(
+        "```sh\nls\n```\n<!-- test: run -->\n```sh\nls\n```\n```sh\nls\n```\n"
+        "<!-- not run: takes hours -->\n\n```console\n$ ls\n```\n"
+        "<!-- not run: no -->\n```\n$ ls\n```\n"
+        "```text\nls\n```\n"
+    )
+    found = [(block.needs_mark, block.mark[:8]) for block in blocks(written)]
+    assert found == [
+        (True, ""), (True, "test: ru"), (True, ""), (True, "not run:"), (True, ""), (False, ""),
+    ]  # fmt: skip
 
 
 def test_outputs_that_differ_are_seen() -> None:

@@ -31,7 +31,7 @@ from polyrex.adapters.files.inventory import (
 from polyrex.adapters.files.registry import TaskRegistry
 from polyrex.adapters.files.router import read_router, router_bytes
 from polyrex.adapters.files.task import TaskVersion
-from polyrex.adapters.methods.rates import LearningRates
+from polyrex.adapters.methods.protocol import LearningRates
 from polyrex.adapters.model.attach import attach, find_targets
 from polyrex.adapters.model.base_model import load_base
 from polyrex.server.engines.base import SamplingParams, Token

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from fastapi.routing import APIRoute
 
-from bench.plot_throughput import CHART, FIGURES, bars
+from bench.vllm.plot_throughput import CHART, FIGURES, bars
 from polyrex.adapters.methods.registry import METHODS
 from polyrex.server.cli.main import COMMANDS
 from polyrex.server.http.routes import fit, health, openai, tasks
@@ -20,7 +20,7 @@ from support.pages import PAGES, ROOT, code
 
 README = (ROOT / "README.md").read_text()
 DOCS = ROOT / "docs"
-OTHERS = [ROOT / "ROADMAP.md", ROOT / "CHANGELOG.md"]
+OTHERS = [ROOT / each for each in ("ARCHITECTURE.md", "CHANGELOG.md", "ROADMAP.md")]
 TASKS_COMMANDS = ("list", "show", "add", "drop")
 FOLDERS = "adapters|kernels|server|training|tests|docs|examples"
 

@@ -23,7 +23,7 @@ from polyrex.adapters.files.inventory import (
     write_inventory,
 )
 from polyrex.adapters.files.router import RouterMetadata, write_router
-from polyrex.adapters.methods.rates import LearningRates
+from polyrex.adapters.methods.protocol import LearningRates
 from polyrex.adapters.model.attach import AdaptedModel
 from polyrex.adapters.model.base_model import DEFAULT_BASE
 from polyrex.adapters.model.sentence_encoder import SentenceEncoder
@@ -67,8 +67,8 @@ class AdaptConfig:
     out: Path
     """Folder for results."""
     mode: AdaptMode = "routing"
-    """The part that is trained: the task's routing, with the inventory unchanged; the token routers; the
-    modules, with uniform routing; or both modules and routing."""
+    """The part that is trained: the task's routing, with the inventory unchanged; the token
+    routers; the modules, with uniform routing; or both modules and routing."""
     rows: PositiveInt = 32
     """Train rows used; the seed determines which."""
     base: str = DEFAULT_BASE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -16,13 +17,36 @@ from polyrex.kernels.modules import TaskState, TokenGates
 from polyrex.kernels.routing import ModuleRouting
 
 from .composed import Composed
-from .rates import LearningRates, Role
 
 Operands = tuple[Tensor, ...]
 
 Space = Literal["rank", "pair", "token", "leaf", "bond"]
 """The things that routing weights mix: A and B sides of experts (rank), pairs of an A and a B side
 (pair), gates that tokens compute (token), leaves (leaf), or bonds of a tensor train (bond)."""
+
+
+Role = Literal["experts", "gates", "token_routers"]
+"""The role of a parameter: latent experts, scalar gates, or routers by which tokens choose."""
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """Peak learning rates by role. A step of AdamW moves every number by about its learning rate,
+    and the roles live on different scales."""
+
+    experts: float = 2e-3
+    """Learning rate of the experts."""
+    gates: float = 3e-4
+    """Learning rate of scalar gates."""
+    routing: float = 5e-2
+    """Learning rate of the tasks' routing logits."""
+    token_routers: float = 2e-3
+    """Learning rate of the routers by which tokens choose."""
+
+    def of(self, group: str) -> float:
+        """The rate of a parameter group, by its name."""
+        rate: float = getattr(self, group)
+        return rate
 
 
 class Experts(nn.Module):

@@ -12,8 +12,8 @@ from torch import Tensor
 from polyrex.adapters.errors import SpecError, UnknownMethod
 from polyrex.adapters.spec import AdapterSpec, TargetModule, routing_groups
 
-from .low_rank import LoraExperts, MhrExperts, PolyExperts
-from .molora import MoloraExperts, SiraExperts
+from .lora_poly_mhr import LoraExperts, MhrExperts, PolyExperts
+from .molora_sira import MoloraExperts, SiraExperts
 from .protocol import Experts
 from .tensorpoly_1 import TensorPoly1Experts
 from .tensorpoly_2 import TensorPoly2Experts

@@ -13,9 +13,8 @@ from polyrex.adapters.spec import AdapterSpec, TargetModule
 from polyrex.kernels.factored import FactoredSides
 from polyrex.kernels.leaf_size import leaf_size
 
-from .low_rank import RankSpaceExperts
-from .protocol import Operands
-from .rates import LearningRates
+from .protocol import LearningRates, Operands
+from .rank_space import RankSpaceExperts
 from .tensor_product import FactoredSide, factor_leaves, fused_factor
 
 

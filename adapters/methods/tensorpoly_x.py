@@ -16,8 +16,7 @@ from polyrex.kernels.kronecker import Kronecker
 from polyrex.kernels.leaf_size import leaf_size
 from polyrex.kernels.routing import ModuleRouting
 
-from .protocol import Experts, Operands, Space, normalised_gates
-from .rates import LearningRates
+from .protocol import Experts, LearningRates, Operands, Space, normalised_gates
 
 
 class TensorPolyXExperts(Experts):

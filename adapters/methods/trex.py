@@ -14,9 +14,8 @@ from polyrex.kernels.modules import TokenGates
 from polyrex.kernels.routing import ModuleRouting
 
 from .composed import LowRank
-from .low_rank import initial_side
-from .protocol import Experts, Operands, Space
-from .rates import LearningRates
+from .protocol import Experts, LearningRates, Operands, Space
+from .rank_space import initial_side
 
 TOKEN_COEFFICIENT = 32
 TASK_COEFFICIENT = 4

@@ -33,14 +33,14 @@ ROWS = 32
 
 @dataclass
 class Streams:
-    """Streams that run; `gaps` collects the seconds between their tokens while it is a list."""
+    """Streams that run; while `gaps` is a list, it collects the times between their tokens."""
 
     gaps: list[float] | None = None
     stopped: bool = False
 
     @contextmanager
     def measured(self) -> Iterator[list[float]]:
-        """The gaps in milliseconds, while the context lasts."""
+        """Collect the gaps, in milliseconds, while the context lasts."""
         found: list[float] = []
         self.gaps = found
         yield found

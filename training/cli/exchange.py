@@ -12,7 +12,7 @@ from polyrex.adapters.errors import FileError
 from polyrex.adapters.files.inventory import read_inventory
 from polyrex.adapters.files.router import read_router
 from polyrex.adapters.model.base_model import DEFAULT_BASE
-from polyrex.adapters.peft.lora import export_lora
+from polyrex.adapters.peft.lora_checkpoint import export_lora
 from polyrex.training.exchange.lora_folder import compress_loras, describe
 from polyrex.training.exchange.poly import import_poly_checkpoint
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from polyrex.adapters.methods.rates import LearningRates
+from polyrex.adapters.methods.protocol import LearningRates
 from polyrex.adapters.methods.registry import method_class
 from polyrex.adapters.model.base_model import DEFAULT_BASE
 from polyrex.adapters.spec import AdapterSpec

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from polyrex.adapters.errors import DataError
 from polyrex.adapters.methods.composed import LowRank
 from polyrex.adapters.model.attach import AdaptedModel, attach
-from polyrex.adapters.peft.lora import PeftLora
+from polyrex.adapters.peft.lora_checkpoint import PeftLora
 from polyrex.adapters.spec import AdapterSpec, TargetModule
 
 ROUNDS = 4

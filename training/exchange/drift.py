@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from polyrex.adapters.methods.composed import LowRank
 from polyrex.adapters.model.attach import AdaptedModel
 from polyrex.adapters.model.routed_linear import AddComposed
-from polyrex.adapters.peft.lora import PeftLora
+from polyrex.adapters.peft.lora_checkpoint import PeftLora
 
 from .compress import Compressed
 

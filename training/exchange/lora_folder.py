@@ -13,7 +13,7 @@ from polyrex.adapters.errors import DataError
 from polyrex.adapters.files.bundle import Bundle, NewRouter, write_bundle
 from polyrex.adapters.files.registry import TASK_NAME
 from polyrex.adapters.model.base_model import load_base, load_tokenizer, resolve_base
-from polyrex.adapters.peft.lora import CONFIG, WEIGHTS, PeftLora, read_lora
+from polyrex.adapters.peft.lora_checkpoint import CONFIG, WEIGHTS, PeftLora, read_lora
 from polyrex.training.records import write_record
 
 from .compress import Compressed, compress

@@ -8,7 +8,7 @@ import torch
 
 from polyrex.adapters.files.bundle import NewRouter, write_bundle
 from polyrex.adapters.model.base_model import load_base, resolve_base
-from polyrex.adapters.peft.poly import import_poly
+from polyrex.adapters.peft.poly_checkpoint import import_poly
 
 
 def import_poly_checkpoint(checkpoint: Path, out: Path, base: str) -> Path:

@@ -17,7 +17,7 @@ from safetensors.torch import save
 
 from polyrex.adapters.errors import DataError
 from polyrex.adapters.files.tensor_file import write_atomic
-from polyrex.adapters.methods.rates import LearningRates
+from polyrex.adapters.methods.protocol import LearningRates
 from polyrex.training.data.batches import Example, batch_indices
 from polyrex.training.model.multi_task import Groups, MultiTaskModel
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from polyrex.adapters.files.bundle import Bundle
 from polyrex.adapters.files.inventory import Inventory, read_inventory
-from polyrex.adapters.methods.rates import LearningRates
+from polyrex.adapters.methods.protocol import LearningRates
 from polyrex.adapters.methods.registry import method_class
 from polyrex.adapters.model.attach import AdaptedModel
 from polyrex.training.adapt import AdaptMode, fit

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from polyrex.adapters.methods.rates import LearningRates
+from polyrex.adapters.methods.protocol import LearningRates
 from polyrex.adapters.model.base_model import DEFAULT_BASE
 from polyrex.adapters.spec import AdapterSpec, Granularity, TrexForm
 from polyrex.training.adapt import ADAPTATION, AdaptMode

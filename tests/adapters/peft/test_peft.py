@@ -19,8 +19,14 @@ from polyrex.adapters.files.inventory import load_experts, read_inventory, write
 from polyrex.adapters.methods.composed import LowRank
 from polyrex.adapters.model.attach import AdaptedModel, attach, find_targets
 from polyrex.adapters.model.routed_linear import AddComposed
-from polyrex.adapters.peft.lora import CONFIG, WEIGHTS, export_lora, read_lora, write_lora
-from polyrex.adapters.peft.poly import import_poly
+from polyrex.adapters.peft.lora_checkpoint import (
+    CONFIG,
+    WEIGHTS,
+    export_lora,
+    read_lora,
+    write_lora,
+)
+from polyrex.adapters.peft.poly_checkpoint import import_poly
 from polyrex.adapters.spec import AdapterSpec
 from polyrex.kernels.routing import StepRouting
 

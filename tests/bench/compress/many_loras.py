@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from polyrex.adapters.methods.composed import LowRank
-from polyrex.adapters.methods.rates import LearningRates
+from polyrex.adapters.methods.protocol import LearningRates
 from polyrex.adapters.model.attach import AdaptedModel, attach, find_targets
-from polyrex.adapters.peft.lora import write_lora
+from polyrex.adapters.peft.lora_checkpoint import write_lora
 from polyrex.adapters.spec import AdapterSpec
 from polyrex.training.adapt import ADAPTATION, fit
 from polyrex.training.data.tasks import load_tasks

@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.harness import report, without
 from polyrex.adapters.files.bundle import Bundle
-from polyrex.adapters.peft.lora import PeftLora
+from polyrex.adapters.peft.lora_checkpoint import PeftLora
 from polyrex.training.data.tasks import load_tasks
 from polyrex.training.exchange.drift import uncompressed
 from polyrex.training.exchange.lora_folder import read_loras

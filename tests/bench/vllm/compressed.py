@@ -20,7 +20,7 @@ from bench.cases import REQUESTS
 from bench.harness import Turns, command_line, machine, report, without
 from polyrex.adapters.files.bundle import Bundle
 from polyrex.adapters.model.base_model import DEFAULT_BASE, resolve_base
-from polyrex.adapters.peft.lora import CONFIG
+from polyrex.adapters.peft.lora_checkpoint import CONFIG
 
 from .engines import Plain, Polyrex, Starter, started
 from .rounds import DECODE, Batch, take_turns

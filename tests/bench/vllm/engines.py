@@ -28,7 +28,7 @@ from polyrex.adapters.files.task import TaskVersion
 from polyrex.adapters.methods.composed import LowRank
 from polyrex.adapters.model.attach import find_targets
 from polyrex.adapters.model.base_model import load_base
-from polyrex.adapters.peft.lora import write_lora
+from polyrex.adapters.peft.lora_checkpoint import write_lora
 from polyrex.server.config import VllmEngineConfig
 from polyrex.server.engines.vllm.engine import VllmEngine
 from support.random_inventory import make_task

@@ -14,7 +14,7 @@ from torch import Tensor
 from polyrex.adapters.files.bundle import Bundle
 from polyrex.adapters.files.inventory import Inventory, load_experts, read_inventory
 from polyrex.adapters.files.task import TaskVersion
-from polyrex.adapters.methods.rates import LearningRates
+from polyrex.adapters.methods.protocol import LearningRates
 from polyrex.adapters.model.attach import AdaptedModel, attach, find_targets
 from polyrex.adapters.model.base_model import load_base
 from polyrex.adapters.model.intuition import EncoderIdentity, Intuition

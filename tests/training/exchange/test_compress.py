@@ -19,7 +19,7 @@ from polyrex.adapters.methods.composed import LowRank
 from polyrex.adapters.model.attach import find_targets
 from polyrex.adapters.model.base_model import load_base
 from polyrex.adapters.model.routed_linear import AddComposed
-from polyrex.adapters.peft.lora import PeftLora, read_lora, write_lora
+from polyrex.adapters.peft.lora_checkpoint import PeftLora, read_lora, write_lora
 from polyrex.training.exchange.compress import compress
 from polyrex.training.exchange.lora_folder import compress_loras, read_loras
 from support.command_line import polyrex

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
 from polyrex.adapters.errors import DataError
-from polyrex.adapters.methods.rates import LearningRates
+from polyrex.adapters.methods.protocol import LearningRates
 from polyrex.adapters.methods.registry import METHODS
 from polyrex.adapters.model.attach import AdaptedModel
 from polyrex.adapters.rows import Row

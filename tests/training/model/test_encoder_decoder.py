@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase, T5Config, T5ForConditionalGeneration
 
 from polyrex.adapters.files.inventory import load_experts, read_inventory, write_inventory
-from polyrex.adapters.methods.rates import LearningRates
+from polyrex.adapters.methods.protocol import LearningRates
 from polyrex.adapters.model.attach import AdaptedModel, attach, find_targets
 from polyrex.adapters.model.base_model import load_base
 from polyrex.adapters.spec import AdapterSpec

@@ -15,7 +15,7 @@ from vllm.lora.request import LoRARequest
 
 from polyrex.adapters.files.inventory import load_experts
 from polyrex.adapters.model.base_model import load_base
-from polyrex.adapters.peft.lora import export_lora
+from polyrex.adapters.peft.lora_checkpoint import export_lora
 from polyrex.adapters.spec import AdapterSpec
 from support.random_inventory import make_inventory, make_task
 from support.small_model import SPECS, VOCABULARY, spec_id

@@ -13,9 +13,8 @@ from polyrex.adapters.spec import AdapterSpec, TargetModule
 from polyrex.kernels.modules import TokenGates
 from polyrex.kernels.routing import ModuleRouting
 
-from .low_rank import initial_side
-from .protocol import Experts, Operands, Space
-from .rates import LearningRates
+from .protocol import Experts, LearningRates, Operands, Space
+from .rank_space import initial_side
 
 
 class MoloraExperts(Experts):

@@ -13,7 +13,7 @@ from polyrex.adapters.errors import MalformedFile, TensorMismatch
 from polyrex.adapters.model.attach import AdaptedModel, attach
 from polyrex.adapters.spec import AdapterSpec, TargetModule
 
-from .lora import CONFIG, WEIGHTS, read_config, read_parts
+from .lora_checkpoint import CONFIG, WEIGHTS, read_config, read_parts
 
 _TENSOR = re.compile(
     r"base_model\.model\.(.+)\.(poly_lora_A|poly_lora_B|poly_router\.module_logits)"

@@ -1,6 +1,6 @@
 """Draw docs/images/throughput.svg from tests/results/bench_vllm.json.
 
-Run it from the root of the repository: `python tests/bench/plot_throughput.py`.
+Run it from the root of the repository: `python tests/bench/vllm/plot_throughput.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import matplotlib
 matplotlib.use("Agg")  # before pyplot: there may be no display
 import matplotlib.pyplot as plt
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FIGURES = ROOT / "tests" / "results" / "bench_vllm.json"
 CHART = ROOT / "docs" / "images" / "throughput.svg"
 
