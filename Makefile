@@ -12,7 +12,7 @@ FOLDERS := $(shell find adapters kernels server training -type d -not -name __py
 export POLYREX_CACHE ?= $(CURDIR)/.cache
 export HF_HUB_OFFLINE := 1
 
-.PHONY: serve serve-vllm check test test-vllm-full bench bench-vllm bench-train bench-fit bench-intuition \
+.PHONY: serve serve-vllm style check test test-vllm-full bench bench-vllm bench-train bench-fit bench-intuition \
 	bench-compress fit-gain study train examples clean triton-table
 
 serve: $(BIN)/.installed
@@ -22,19 +22,18 @@ serve: $(BIN)/.installed
 serve-vllm: $(BIN)/.vllm
 	@$(BIN)/polyrex serve --engine vllm --dtype bfloat16 $(ARGS)
 
-test: $(BIN)/.vllm
+style: $(BIN)/.installed
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check .
 	@$(BIN)/mypy --no-error-summary $(PACKAGES:%=-p %)
 	@$(BIN)/mypy --no-error-summary tests examples
+
+# The whole proof.
+test: $(BIN)/.vllm style
 	@$(BIN)/python -m pytest --quiet --no-header $(ARGS)
 
 # The quick loop: style, types, and the tests that need neither vLLM nor the real base model.
-check: $(BIN)/.installed
-	@$(BIN)/ruff check --quiet .
-	@$(BIN)/ruff format --quiet --check .
-	@$(BIN)/mypy --no-error-summary $(PACKAGES:%=-p %)
-	@$(BIN)/mypy --no-error-summary tests examples
+check: style
 	@$(BIN)/python -m pytest --quiet --no-header -m "not full and not real_model and not vllm" $(ARGS)
 
 # Every method on vLLM with the real base model; writes tests/results/vllm_same_tokens.json.
