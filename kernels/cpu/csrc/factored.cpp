@@ -208,6 +208,8 @@ void factored_add_(Tensor& y, const Tensor& x, const Tensor& leaves, const Tenso
   TORCH_CHECK(x.scalar_type() == dtype && y.scalar_type() == dtype,
               "expected inputs and outputs in the leaves' dtype ", dtype, ", got ",
               x.scalar_type(), " and ", y.scalar_type());
+  TORCH_CHECK(places.numel() == x.size(0), "expected routing for ", x.size(0),
+              " tokens, got it for ", places.numel());
   const Part* part = reinterpret_cast<const Part*>(parts.const_data_ptr<int64_t>());
   with_products<FactoredVectors, FactoredTiles>(dtype, [&]<typename Value, typename Sides>() {
     factored_add<Value, Sides>(y, x, leaves, part, parts.size(0), places.const_data_ptr<int64_t>());

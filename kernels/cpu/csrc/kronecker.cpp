@@ -242,6 +242,8 @@ void kronecker_add_(Tensor& y, const Tensor& x, const Tensor& states, const Tens
   TORCH_CHECK(x.scalar_type() == dtype && y.scalar_type() == dtype,
               "expected inputs and outputs in the factors' dtype ", dtype, ", got ",
               x.scalar_type(), " and ", y.scalar_type());
+  TORCH_CHECK(places.numel() == x.size(0), "expected routing for ", x.size(0),
+              " tokens, got it for ", places.numel());
   with_products<VectorProduct, TileProduct>(dtype, [&]<typename Value, typename Product>() {
     KroneckerAdd<Value, Product>(y, x, states, parts, places.const_data_ptr<int64_t>()).run();
   });

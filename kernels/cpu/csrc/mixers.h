@@ -42,11 +42,13 @@ struct Parts {
 struct Routing {
   const float* weights;
   const int64_t* rows;
+  int64_t tokens;
   int64_t size;
 
   Routing(const Tensor& weights, const Tensor& rows)
       : weights(weights.const_data_ptr<float>()),
         rows(rows.const_data_ptr<int64_t>()),
+        tokens(rows.numel()),
         size(weights.numel() / std::max<int64_t>(weights.size(0), 1)) {
     TORCH_CHECK(weights.is_contiguous() && rows.is_contiguous(), "expected contiguous routing");
   }

@@ -254,6 +254,9 @@ void add(Tensor& y, const Tensor& x, const Tensor& a, const Tensor& a_parts, con
               "expected inputs and outputs in the weights' dtype ", dtype, ", got ",
               x.scalar_type(), " and ", y.scalar_type());
   TORCH_CHECK(y.stride(1) == 1 && x.stride(1) == 1, "expected rows without gaps");
+  // A composed run is a part of its step's tokens.
+  TORCH_CHECK(mix.routing.tokens >= x.size(0), "expected routing for ", x.size(0),
+              " tokens, got it for ", mix.routing.tokens);
   if (x.size(0) == 0) return;
   with_products<VectorBlock, TileBlock>(dtype, [&]<typename Weight, typename Block>() {
     AddToRows<Block, Weight, Mix>(y, x, a, a_parts, b, b_parts, hidden_size, mix).run();

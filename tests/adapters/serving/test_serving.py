@@ -311,3 +311,11 @@ def test_experts_that_overflow_are_refused(random_experts: Experts) -> None:
         next(random_experts.parameters()).fill_(float("inf"))
     with pytest.raises(TensorMismatch, match="not finite"):
         serve([Slice.whole(0, random_experts)], torch.float32)
+
+
+def test_routing_of_too_few_tokens_is_refused(random_experts: Experts) -> None:
+    layer, planner = serve([Slice.whole(0, random_experts)], torch.float32)
+    step = step_of(filled(random_experts, 1, planner), SLOTS[:-1], torch.float32)
+    x = tokens(random_experts.target.d_in, torch.float32)
+    with pytest.raises(RuntimeError, match="expected routing for 9 tokens, got it for 8"):
+        layer.add_(torch.zeros(len(x), random_experts.target.d_out), x, step)
