@@ -34,7 +34,7 @@ test: $(BIN)/.vllm style
 
 # The quick loop: style, types, and the tests that need neither vLLM nor the real base model.
 check: style
-	@$(BIN)/python -m pytest --quiet --no-header -m "not full and not real_model and not vllm" $(ARGS)
+	@$(BIN)/python -m pytest --quiet --no-header --numprocesses auto -m "not full and not real_model and not vllm" $(ARGS)
 
 # Every method on vLLM with the real base model; writes tests/results/vllm_same_tokens.json.
 test-vllm-full: $(BIN)/.vllm

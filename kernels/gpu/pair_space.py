@@ -11,8 +11,8 @@ this is forward only, and names in kernels follow the same rules.
 from __future__ import annotations
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from .rank_space import Tile, input_span, laid_out, project, token_block

@@ -20,8 +20,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 Tile = dict[str, int | bool | str]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from triton.testing import do_bench_cudagraph  # type: ignore[import-untyped]
+from triton.testing import do_bench_cudagraph
 
 from bench.cases import EXPERTS, RANK, SHAPES_8B, TOKENS
 from bench.harness import command_line, report

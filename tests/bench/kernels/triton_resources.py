@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import triton  # type: ignore[import-untyped]
-from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
-from triton.compiler import ASTSource  # type: ignore[import-untyped]
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from bench.cases import EXPERTS, RANK, SHAPES_8B, SHAPES_135M
 from polyrex.kernels.gpu import factored, pair_space, rank_space
