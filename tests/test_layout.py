@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import statistics
 import subprocess
 import sys
@@ -140,3 +141,16 @@ def test_top_folders_are_no_packages_of_their_own(folder: str) -> None:
 def test_no_file_is_named_for_nothing_in_particular() -> None:
     vague = {"utils", "util", "helpers", "helper", "misc", "common"}
     assert not [relative(path) for path in CODE if path.stem in vague]
+
+
+@pytest.mark.parametrize("name", ["Makefile", "Dockerfile", "pyproject.toml"])
+def test_modules_that_a_file_names_are_there(name: str) -> None:
+    named = set(re.findall(r"\bpolyrex(?:\.[a-z_0-9]+)+", (ROOT / name).read_text()))
+    missing = [
+        module
+        for module in sorted(named)
+        if not (path := ROOT.joinpath(*module.split(".")[1:])).is_dir()
+        and not path.with_suffix(".py").exists()
+    ]
+    assert named
+    assert missing == []
