@@ -32,9 +32,12 @@ style: $(BIN)/.installed
 test: $(BIN)/.vllm style
 	@$(BIN)/python -m pytest --quiet --no-header $(ARGS)
 
-# The quick loop: style, types, and the tests that need neither vLLM nor the real base model.
+# The quick loop: style, types, and the tests that need neither vLLM (nor Triton, which comes with it)
+# nor the real base model.
+NEED_VLLM := tests/server/engines/vllm tests/bench/vllm tests/kernels/gpu
 check: style
-	@$(BIN)/python -m pytest --quiet --no-header --numprocesses auto -m "not full and not real_model and not vllm" $(ARGS)
+	@$(BIN)/python -m pytest --quiet --no-header --numprocesses auto -m "not full and not real_model" \
+	  $(NEED_VLLM:%=--ignore=%) $(ARGS)
 
 # Every method on vLLM with the real base model; writes tests/results/vllm_same_tokens.json.
 test-vllm-full: $(BIN)/.vllm

@@ -5,7 +5,7 @@ A row is a JSON object; a file of rows has one a line.
 | key | value |
 |---|---|
 | input | text |
-| answer | text, not empty; one of the options where there are any |
+| answer | text; one of the options where there are any |
 | options | a list of texts; null, empty or absent where any answer is allowed |
 | split | `train`, `valid` or `test`, in data folders alone |
 """
@@ -51,8 +51,6 @@ def parse_row(value: object, where: str) -> Row:
             hint = f"; is `{near[0]}` meant to be `{key}`?" if near else ""
             raise DataError(f"{where}: `{key}` is missing{hint}")
         _check_text(value[key], f"{where}: `{key}`")
-    if not value["answer"]:
-        raise DataError(f"{where}: `answer` is empty")
     split = value.get("split")
     if split is not None and not isinstance(split, str):
         raise DataError(f"{where}: `split` must be text, got {split!r:.80}")

@@ -26,6 +26,10 @@ _EMBEDDED = Parameter(group=Group("Embedded engine", sort_key=4))
 _VLLM = Parameter(group=Group("vLLM engine", sort_key=5))
 
 
+Slots = Annotated[int, Parameter(validator=Number(gte=2))]
+"""One slot is the base model's; a task needs another."""
+
+
 class Dtype(StrEnum):
     """The data type that the model computes in."""
 
@@ -56,7 +60,7 @@ class EmbeddedConfig:
     """Most tokens, of prompts and completions, in one forward pass."""
     max_running: PositiveInt = 64
     """Most requests that generate at the same time; further ones wait."""
-    slots: PositiveInt = 1024
+    slots: Slots = 1024
     """Rows of the routing table: most task versions in use at the same time."""
     state_bytes: NonNegativeInt = 512 << 20
     """Bytes kept of single tasks in use, such as their composed adapters; with 0, rank-space
@@ -74,7 +78,7 @@ class VllmEngineConfig:
     """Most tokens, of prompts and completions, in one forward pass."""
     max_running: PositiveInt = 128
     """Most requests that generate at the same time; further ones wait."""
-    slots: PositiveInt = 1024
+    slots: Slots = 1024
     """Rows of the routing table: most task versions in use at the same time."""
     max_context: PositiveInt | None = None
     """Longest prompt and completion together; the model's own limit if not given."""

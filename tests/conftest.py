@@ -29,11 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark what `make check` leaves out: tests of the real base model, and tests of vLLM."""
+    """Mark the tests of the real base model, which `make check` leaves out."""
     if "base_path" in getattr(item, "fixturenames", ()):
         item.add_marker("real_model")
-    if "vllm" in item.path.parts:
-        item.add_marker("vllm")
 
 
 @pytest.fixture(scope="session")

@@ -83,6 +83,8 @@ def adapt(config: AdaptConfig) -> Path:
 
     Returns the path of the router. Raises DataError, FileError or SpecError on bad input.
     """
+    if config.loop.steps < 1:
+        raise SpecError(f"adapting takes at least 1 step, got {config.loop.steps}")
     (task,) = load_tasks(config.data, (config.task,))
     inventory = read_inventory(config.inventory)
     base, tokenizer = load_for_training(config.base, config.dtype)

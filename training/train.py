@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from cyclopts.types import PositiveFloat
+from cyclopts.types import NonNegativeFloat
 
 from polyrex.adapters.files.bundle import NewRouter, write_bundle
 from polyrex.adapters.model.attach import ALL_PROJECTIONS, attach, find_targets
@@ -48,7 +48,7 @@ class TrainConfig:
     """Task to train on; repeat it for more. All tasks of the role if not given."""
     role: str | None = "held_in"
     """Role of the tasks to train on, if none is named."""
-    epochs: PositiveFloat = 1.0
+    epochs: NonNegativeFloat = 1.0
     """Passes over the train rows of all tasks, if no number of steps is given."""
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=0))
     encoder: str = DEFAULT_ENCODER

@@ -26,7 +26,10 @@ def doctor(
     and its table [serve] in a TOML file. Exits with 1 if the server could not start with them.
     """
     logging.disable(logging.WARNING)  # the report says the same
-    report = examine(launch)
+    try:
+        report = examine(launch)
+    finally:
+        logging.disable(logging.NOTSET)
     if as_json:
         print(json.dumps(report.document(), indent=2))
     else:

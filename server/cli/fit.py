@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,19 +39,29 @@ def fit(
         bool, Parameter(help="Give an existing task a new version.", negative=())
     ] = False,
     as_json: Annotated[
-        bool, Parameter(name="--json", help="Print the last event as JSON.", negative=())
+        bool,
+        Parameter(name="--json", help="Print the last event as JSON.", negative=()),
     ] = False,
     connection: Annotated[Connection, FLAT] = Connection(),  # noqa: B008  # frozen
 ) -> int:
     """Fit a task to a few rows on a running server, which serves it if it beats the base model.
 
-    Exits with 1 if it does not, or if the server refuses.
+    Prints the outcome in words on a terminal, and the last event as JSON elsewhere. Exits with 1
+    if the task is not served, or if the server refuses.
     """
     body = {"instruction": instruction, "rows": _rows(rows), "replace": replace}
     path = f"/v1/tasks/{quote(task, safe='')}/fit"
     with connection.client() as client:
-        last = _follow(_events(client, path, body), Console(stderr=True))
-    print(json.dumps(last, indent=2) if as_json else _summary(last))
+        try:
+            last = _follow(_events(client, path, body), Console(stderr=True))
+        except httpx.TransportError as error:
+            print(f"polyrex fit: {client.base_url}: {error}", file=sys.stderr)
+            return 1
+    if as_json or not sys.stdout.isatty():
+        print(json.dumps(last, indent=2))
+        print(_summary(last), file=sys.stderr)
+    else:
+        print(_summary(last))
     return 0 if last.get("event") == "registered" else 1
 
 
@@ -63,17 +74,14 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _events(client: httpx.Client, path: str, body: dict[str, Any]) -> Iterator[Event]:
-    """The events of a fit; the last is an error's body where the server refuses or is not there."""
-    try:
-        with client.stream("POST", path, json=body, timeout=_PATIENT) as response:
-            if response.is_error:
-                yield json.loads(response.read())
-                return
-            for line in response.iter_lines():
-                if line.startswith("data: {"):
-                    yield json.loads(line.removeprefix("data: "))
-    except httpx.TransportError as error:
-        yield {"error": {"message": f"{client.base_url}: {error}"}}
+    """The events of a fit; the last is an error's body if the server refuses."""
+    with client.stream("POST", path, json=body, timeout=_PATIENT) as response:
+        if response.is_error:
+            yield json.loads(response.read())
+            return
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                yield json.loads(line.removeprefix("data: "))
 
 
 def _follow(events: Iterable[Event], console: Console) -> Event:

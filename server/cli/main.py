@@ -7,6 +7,7 @@ nothing of each other.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from cyclopts.exceptions import UnknownCommandError, UnknownOptionError
 
 from polyrex.adapters.errors import PolyrexError
 
-from .settings import PREFIX, nearest, sources, unknown
+from .settings import EVERY_OPTION, PREFIX, nearest, sources, unknown
 
 
 class Command(NamedTuple):
@@ -83,7 +84,7 @@ def program(asked: str | None = None) -> App:
         help_epilogue=_SETTINGS,
         version=_version,
         help_format="markdown" if asked else "plaintext",  # Markdown takes long to import
-        default_parameter=Parameter(negative_iterable=()),
+        default_parameter=EVERY_OPTION,
         result_action="return_value",
         exit_on_error=False,
         print_error=False,
@@ -122,6 +123,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PolyrexError as error:
         print(f"{_title(name)}: {error}", file=sys.stderr)
         return COMMANDS[name].failure if name else 1
+    except BrokenPipeError:  # whoever read our output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if given in ([], ["tasks"]):  # help was printed, but nothing was asked for
+        return 2
     return status if isinstance(status, int) else 0
 
 

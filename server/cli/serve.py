@@ -40,6 +40,7 @@ def _serve(launch: Launch, progress: Progress) -> None:
         def ready() -> None:
             address = f"http://{config.host}:{config.port}"
             progress.say(f"ready on {address} after {progress.elapsed():.1f} s; try:")
-            print(f"\n{examples_text(config, loaded.registry, loaded.examples)}\n")
+            text = examples_text(config, loaded.registry, loaded.examples)
+            print(f"\n{text}\n", flush=True)  # it may be a file, and serving goes on
 
         run(loaded.app, listener, config, ready)

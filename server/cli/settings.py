@@ -13,7 +13,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, get_args
 
-from cyclopts import App, ArgumentCollection, CycloptsError
+from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
 from cyclopts.config import Dict, Env
 from cyclopts.exceptions import CoercionError
 
@@ -74,6 +74,10 @@ def _refuse_fractions(_app: App, _commands: tuple[str, ...], arguments: Argument
             for token in argument.tokens:
                 if "." in token.value:
                     raise CoercionError(token=token, argument=argument, target_type=int)
+
+
+EVERY_OPTION = Parameter(negative_iterable=(), allow_repeating=True, allow_leading_hyphen=True)
+"""Of an option that is repeated the last value counts; a value may begin with a hyphen."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> CycloptsError:

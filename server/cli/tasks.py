@@ -18,6 +18,8 @@ from rich.table import Table
 from polyrex.server.config import FLAT
 from polyrex.server.errors import ServerError
 
+from .settings import EVERY_OPTION
+
 
 class CommandFailed(ServerError):
     """The server could not be asked, or refused."""
@@ -59,6 +61,7 @@ Client = Annotated[httpx.Client, Parameter(parse=False)]
 app = App(
     name="tasks",
     help="List, show, add and drop the tasks of a running server.",
+    default_parameter=EVERY_OPTION,
     result_action="return_value",
     exit_on_error=False,
     print_error=False,

@@ -9,6 +9,7 @@ import torch
 from fastapi import FastAPI
 from transformers.utils.logging import disable_progress_bar
 
+from polyrex.adapters.errors import FileError
 from polyrex.adapters.files.bundle import INVENTORY, Bundle
 from polyrex.adapters.files.examples import Example, read_examples
 from polyrex.adapters.files.inventory import Inventory, load_experts
@@ -41,7 +42,7 @@ def load(launch: Launch, progress: Progress) -> Loaded:
     with progress.stage(f"inventory {path}"):
         bundle = Bundle.read(path)
         inventory = bundle.inventory
-        examples = tuple(read_examples(path))
+        examples = _examples(inventory, progress)
     with progress.stage(f"base model {name}"):
         base = resolve_base(name, progress.say)
         tokenizer = load_tokenizer(base)
@@ -54,6 +55,15 @@ def load(launch: Launch, progress: Progress) -> Loaded:
     intuition = prompt_intuition(inventory)
     app = create_app(launch.server, engine, registry, tokenizer, intuition)
     return Loaded(app, registry, examples)
+
+
+def _examples(inventory: Inventory, progress: Progress) -> tuple[Example, ...]:
+    """The examples beside the inventory; a file that is none of ours does not stop the server."""
+    try:
+        return tuple(read_examples(inventory.path))
+    except FileError as error:
+        progress.say(f"no examples: {error}")
+        return ()
 
 
 def _embedded(launch: Launch, base: str, inventory: Inventory) -> Engine:

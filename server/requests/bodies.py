@@ -210,8 +210,11 @@ def _rows(values: Any) -> tuple[Row, ...]:
             raise ValueError(str(error)) from error
         if unknown := value.keys() - _ROW_KEYS:
             raise ValueError(f"rows[{index}]: unknown field {min(unknown)!r:.80}")
-        if row.options is not None and not 2 <= len(row.options) <= MAX_OPTIONS:
-            count = f"2 to {MAX_OPTIONS} entries, got {len(row.options)}"
+        if not row.answer:
+            raise ValueError(f"rows[{index}]: `answer` is empty")
+        options = value.get("options")
+        if options is not None and not 2 <= len(options) <= MAX_OPTIONS:
+            count = f"2 to {MAX_OPTIONS} entries, got {len(options)}"
             raise ValueError(f"rows[{index}]: `options` must have {count}")
         rows.append(row)
     return tuple(rows)

@@ -6,6 +6,7 @@ is not; the gaps between the tokens of the streams are compared. The last line i
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import threading
@@ -136,8 +137,12 @@ def main() -> None:
     parser = command_line(__doc__, rounds=3)
     parser.add_argument("--data", type=Path, required=True, help="folder with manifest.json")
     parser.add_argument("--task", default="winowhy", help="to fit, default: %(default)s")
+    for old in ("--rows", "--instruction"):
+        parser.add_argument(old, help=argparse.SUPPRESS)
     parser.add_argument("--engine", type=EngineName, default=EngineName.embedded)
     options = parser.parse_args()
+    if options.rows or options.instruction:
+        parser.error("--rows and --instruction became --data FOLDER and --task NAME")
     (task,) = load_tasks(options.data, (options.task,))
     rows = [
         {"input": row.input, "answer": row.answer, "options": row.options}

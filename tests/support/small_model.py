@@ -16,7 +16,8 @@ from polyrex.adapters.spec import AdapterSpec
 VOCABULARY = 500
 
 SPECS = tuple(
-    replace(spec, splits=min(spec.splits, 2))  # 3 do not divide the model's dimensions
+    # 3 splits do not divide the model's dimensions.
+    replace(spec, splits=2, rank=3) if spec.splits > 1 else spec
     for method in METHODS.values()
     for spec in method.examples
     if spec.order == AdapterSpec.order

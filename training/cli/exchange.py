@@ -16,7 +16,7 @@ from polyrex.adapters.peft.lora_checkpoint import export_lora
 from polyrex.training.exchange.lora_folder import compress_loras, describe
 from polyrex.training.exchange.poly import import_poly_checkpoint
 
-from .train import Base, Inventory
+from .train import Base, Inventory, log_to_terminal
 
 Out = Annotated[Path, Parameter(help="Folder for the result.")]
 
@@ -29,6 +29,7 @@ def export(
     base: Annotated[str, Parameter(help="The base model that the export names.")] = DEFAULT_BASE,
 ) -> None:
     """Write a task's adapter as a LoRA that PEFT and vLLM load."""
+    log_to_terminal()
     read = read_inventory(inventory)
     try:
         data = router.read_bytes()
@@ -45,6 +46,7 @@ def import_poly(
     base: Base = DEFAULT_BASE,
 ) -> None:
     """Convert a PEFT poly checkpoint to an inventory, and a router for each of its tasks."""
+    log_to_terminal()
     print(f"wrote {import_poly_checkpoint(checkpoint, out, base)}")
 
 
@@ -60,4 +62,5 @@ def compress(
     ] = None,
 ) -> None:
     """Compress many LoRAs to shared bases and a small core for each task, ready to be served."""
+    log_to_terminal()
     print(describe(compress_loras(loras, out, base, rank=rank, error=error)))

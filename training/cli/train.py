@@ -63,7 +63,7 @@ def train(*, config: TrainConfig) -> None:
 
     Where none are given, experts (8 where the method has any) and learning rates are the method's.
     """
-    _log()
+    log_to_terminal()
     spec = vars(config.spec)
     method = method_class(config.spec.method)
     if spec["experts"] is None:
@@ -83,7 +83,7 @@ def train(*, config: TrainConfig) -> None:
 @reads(config=_ADAPT)
 def adapt(*, config: AdaptConfig) -> None:
     """Adapt a new task from a few rows; by default only its routing, the inventory unchanged."""
-    _log()
+    log_to_terminal()
     print(f"wrote {run_adaptation(config)}")
 
 
@@ -99,11 +99,12 @@ def evaluate(
     base: Base = DEFAULT_BASE,
 ) -> None:
     """Score tasks by the base model alone and under the routers that lie beside an inventory."""
-    _log()
+    log_to_terminal()
     reports = evaluate_tasks(data, inventory, out, base=base, tasks=task, split=split)
     print(table(reports))
     print(json.dumps(summary(reports)))
 
 
-def _log() -> None:
+def log_to_terminal() -> None:
+    """Show what a command does meanwhile."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

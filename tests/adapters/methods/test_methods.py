@@ -33,6 +33,15 @@ def test_small_specs_cover_every_method(small_specs: tuple[AdapterSpec, ...]) ->
     assert {spec.method for spec in small_specs} == set(METHODS)
 
 
+def test_small_specs_are_of_every_form(small_specs: tuple[AdapterSpec, ...]) -> None:
+    assert {s.form for s in small_specs if s.method == "trex"} == {"mix", "diagonal", "static"}
+    for method in ("tensorpoly-1", "tensorpoly-2"):
+        orders = {(s.order, s.norm) for s in small_specs if s.method == method}
+        assert orders >= {(2, "layer"), (4, "layer"), (3, "none")}
+    assert {s.order for s in small_specs if s.method == "tensorpoly-x"} >= {2, 3}
+    assert max(s.splits for s in small_specs if s.method == "mhr") == 3
+
+
 def test_gradients_are_right(random_experts: Experts) -> None:
     experts = random_experts.double()
     x, logits = (drawn[:2] for drawn in draw(experts, torch.float64)[:2])

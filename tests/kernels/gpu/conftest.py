@@ -7,7 +7,6 @@ share a process with tests that compile: `test_triton_interpreter.py` starts the
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -16,9 +15,7 @@ from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-if find_spec("triton") is None:  # `make test` installs it, with vLLM
-    collect_ignore_glob = ["test_*.py"]
-elif not (INTERPRETED or torch.cuda.is_available()):
+if not (INTERPRETED or torch.cuda.is_available()):
     collect_ignore_glob = [
         "test_triton_*_space.py",
         "test_triton_factored.py",

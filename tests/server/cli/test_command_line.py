@@ -72,3 +72,31 @@ def test_tasks_are_kept_in_the_users_state_folder(
 def test_a_base_without_a_shipped_inventory_is_told_so() -> None:
     with pytest.raises(StartError, match="--inventory"):
         shipped_inventory("some/other-model")
+
+
+def test_of_a_repeated_option_the_last_value_counts() -> None:
+    done = polyrex("params", "--method", "lora", "--rank", "1", "--rank", "16")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == polyrex("params", "--method", "lora").stdout
+
+
+def test_a_value_may_begin_with_a_hyphen(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"input": "a", "answer": "b"}')
+    question = ("fit", "--task", "t", "--rows", rows, "--instruction", "- is it?")
+    done = polyrex(*question, "--server", "http://127.0.0.1:9")
+    assert (done.exit_code, "http://127.0.0.1:9" in done.stderr) == (1, True)
+
+
+@pytest.mark.parametrize("words", [(), ("tasks",)], ids=["polyrex", "tasks"])
+def test_a_command_line_that_asks_for_nothing_prints_help_and_fails(words: tuple[str, ...]) -> None:
+    done = polyrex(*words)
+    assert done.exit_code == 2
+    assert done.stdout.startswith("Usage: ")
+    assert polyrex(*words, "--help").exit_code == 0
+
+
+def test_adapting_takes_a_step(tmp_path: Path) -> None:
+    files = ("--data", tmp_path, "--inventory", tmp_path, "--out", tmp_path)
+    done = polyrex("adapt", "--task", "t", "--steps", "0", *files)
+    assert (done.exit_code, "at least 1 step, got 0" in done.stderr) == (2, True)

@@ -331,7 +331,7 @@ def test_an_unknown_toml_key_is_told_the_nearest(
         ("[serve]\nport = 'x'", ("[port]", '"x"', "int")),
         ("[serve]\nport = 70000", ("[port]", '"70000"', "65535")),
         ("[serve.embedded]\nslots = 1.5", ("[embedded][slots]", '"1.5"', "int")),
-        ("[serve.embedded]\nslots = 0", ("[embedded][slots]", '"0"', "> 0")),
+        ("[serve.embedded]\nslots = 0", ("[embedded][slots]", '"0"', ">= 2")),
         ("[serve]\ndtype = 'float33'", ("[dtype]", '"float33"', "bfloat16", "float32")),
         ("[serve]\nport = [1, 2]", ("[port]", "[1, 2]", "int")),
         ("serve = 3", ("[serve]", "table", "3")),

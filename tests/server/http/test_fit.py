@@ -148,10 +148,12 @@ def test_one_task_is_fitted_at_a_time_and_ends_with_its_client(
     [
         ({"rows": ROWS[:7]}, "rows: expected a list of 8 to 1024 rows, got 7"),
         ({"rows": [*ROWS, {"input": "a", "answer": "maybe", "options": ["yes", "no"]}]}, "maybe"),
+        ({"rows": [*ROWS, {"input": "a", "answer": ""}]}, "rows[8]: `answer` is empty"),
+        ({"rows": [*ROWS, {"input": "a", "answer": "b", "options": []}]}, "2 to 64 entries, got 0"),
         ({"instruction": ""}, "instruction"),
         ({"steps": 5}, "unknown field 'steps'"),
     ],
-    ids=["few", "answer", "instruction", "unknown"],
+    ids=["few", "answer", "empty", "options", "instruction", "unknown"],
 )
 def test_body_that_cannot_be_fitted_is_400(
     served: Served, changes: dict[str, Any], message: str
@@ -179,13 +181,13 @@ def test_command_fits_and_prints_the_task(served: Served, play: Play, tmp_path: 
     play({"event": "progress", "step": 1, "steps": 2, "loss": 1.5}, SCORED)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps(row | {"split": "train"}) for row in ROWS) + "\n")
-    done = polyrex_fit(served, rows, "--json")
+    done = polyrex_fit(served, rows)
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["task"]["name"] == "fitted"
-    again = polyrex_fit(served, rows, "--json")
+    again = polyrex_fit(served, rows)
     assert again.exit_code == 1
     assert "task_exists" in again.output
-    assert polyrex_fit(served, rows).stdout.startswith("failed: task fitted")
+    assert again.stderr.startswith("failed: task fitted")
     rows.write_text("no row\n")
     assert "rows.jsonl:1: not a row" in polyrex_fit(served, rows).output
 
@@ -197,9 +199,10 @@ def test_redirected_command_prints_a_line_for_each_event_and_a_summary(
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(map(json.dumps, ROWS)))
     done = polyrex_fit(served, rows)
-    assert done.stdout.startswith("registered: task fitted, version 1")
     scores = "rank_classification_accuracy 0.5 on 2 rows held out, base model 0.25"
-    assert done.stderr.splitlines() == ["step 1 of 2: loss 1.500", f"scored: {scores}"]
+    *lines, last = done.stderr.splitlines()
+    assert lines == ["step 1 of 2: loss 1.500", f"scored: {scores}"]
+    assert last.startswith("registered: task fitted, version 1")
 
 
 def test_command_says_why_a_task_is_refused(served: Served, play: Play, tmp_path: Path) -> None:
@@ -208,4 +211,5 @@ def test_command_says_why_a_task_is_refused(served: Served, play: Play, tmp_path
     rows.write_text("\n".join(map(json.dumps, ROWS)))
     done = polyrex_fit(served, rows)
     assert done.exit_code == 1
-    assert done.stdout.startswith("refused: the fitted task does no better")
+    assert "refused: the fitted task does no better" in done.stderr
+    assert json.loads(done.stdout)["event"] == "refused"
