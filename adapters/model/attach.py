@@ -187,9 +187,9 @@ def attach(
                 f"target module {target.name}: expected {target.d_in} -> {target.d_out}, "
                 f"the model has {found[0]} -> {found[1]}"
             )
-        experts = make_experts(spec, target).to(base.weight.device)
-        experts.reset(generator)
-        layers.append(RoutedLinear(base, experts, index))
+        experts = make_experts(spec, target)
+        experts.reset(generator)  # on the CPU: the same values whatever the device
+        layers.append(RoutedLinear(base, experts.to(base.weight.device), index))
         parent, _, attribute = target.name.rpartition(".")
         setattr(modules[parent], attribute, layers[-1])
     return AdaptedModel(model, spec, targets, tuple(layers), intuition)
