@@ -13,7 +13,7 @@ export POLYREX_CACHE ?= $(CURDIR)/.cache
 export HF_HUB_OFFLINE := 1
 
 .PHONY: serve serve-vllm style check test test-vllm-full bench bench-vllm bench-train bench-fit bench-intuition \
-	bench-compress fit-gain study train examples clean triton-table
+	bench-compress fit-gain study train examples clean triton-table gpu gpu-bundle
 
 serve: $(BIN)/.installed
 	@$(BIN)/polyrex serve $(ARGS)
@@ -51,6 +51,16 @@ bench: $(BIN)/.installed
 # The GPU resources of every Triton kernel; compiles without a GPU.
 triton-table: $(BIN)/.vllm
 	@$(BENCH).kernels.triton_resources --out tests/results/triton_resources.md
+
+# Proves and measures everything on a GPU, in under ten minutes and without a network; docs/gpu.md.
+# It wants a Python with torch for CUDA, triton and transformers, and nothing installed by this file.
+GPU_PYTHON ?= python3
+gpu:
+	@PYTHONPATH=tests PYTHONSAFEPATH=1 $(GPU_PYTHON) -m bench.gpu $(ARGS)
+
+# What `make gpu` needs beyond those, in build/gpu-bundle.
+gpu-bundle: $(BIN)/.vllm
+	@$(BENCH).gpu.bundle --out build/gpu-bundle $(ARGS)
 
 # Against vLLM's own multi-LoRA; more than an hour, or one part with ARGS="--parts eager".
 bench-vllm: $(BIN)/.vllm

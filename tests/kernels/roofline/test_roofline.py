@@ -87,15 +87,40 @@ def test_composing_reads_the_inventory_and_writes_every_task() -> None:
 def test_trex_core_is_read_once_for_each_task() -> None:
     # rank 2: 2*3*4 flops; two cores of 4 numbers, 3 tokens of 2 in and out
     core = roofline.trex_static(LAYER, STEP, AdapterSize(experts=1, rank=2))[-1]
-    assert core == Product("core", 24, 2 * (2 * 4 + 2 * 3 * 2))
+    assert core == Product("core", 24, 2 * (2 * 4 + 2 * 3 * 2), launches=0)
 
 
 def test_tensorpoly_2_costs_what_it_does_by_hand() -> None:
     # d_in 4 is 2 x 2, d_out 9 is 3 x 3; two orders, two experts: 2*2*(2+3) = 20 numbers of leaves
     mix, side_a, side_b = roofline.tensorpoly_2(Projection("layer", 4, (9,)), STEP, SIZE)
-    assert mix == Product("mix", 2 * 2 * 20, 4 * (20 + 2 * (2 + 2) + 2 * (3 + 3)))
+    assert mix == Product("mix", 2 * 2 * 20, 4 * (20 + 2 * (2 + 2) + 2 * (3 + 3)), launches=0)
     assert side_a == Product("A side", 2 * 3 * 2 * (2 + 1), 4 * 2 * 4 + 2 * 3 * (4 + 1))
     assert side_b == Product("B side", 2 * 3 * 3 * (3 + 1), 4 * 2 * 6 + 2 * 3 * (1 + 2 * 9))
+
+
+def test_launches_take_time_on_a_gpu() -> None:
+    products = [Product("A side", 100, 2), Product("B side", 10, 8, launches=0)]
+    cost = StepCost.of(products, DeviceLimits(bandwidth=2, flops=10, launch_seconds=5))
+    assert cost.parts == {"A side": 10 + 5, "B side": 4}
+    assert cost.launches == 1
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_packed_layer_launches_two_kernels(path: str) -> None:
+    packed = PATHS[path](Projection("packed", 4, (6, 5, 5)), STEP, SIZE)
+    composing = 1 if path == "composed, not kept" else 0
+    assert sum(product.launches for product in packed) == 2 + composing
+
+
+def test_a_cpu_launches_nothing() -> None:
+    assert DeviceLimits(1, 1).launch_seconds == 0
+    assert all(device.launch_seconds > 0 for device in GPUS.values())
+
+
+def test_a_card_reaches_what_is_taken_of_its_data_sheet() -> None:
+    found, sheet = GPUS["h100-measured"], GPUS["h100"]
+    assert sheet.bandwidth < found.bandwidth < sheet.bandwidth / roofline.EFFICIENCY
+    assert sheet.flops < found.flops < sheet.flops / roofline.EFFICIENCY
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
@@ -126,7 +151,9 @@ def test_base_step_reads_every_weight_once() -> None:
     weights = 2 * (LLAMA_8B.parameters - LLAMA_8B.vocabulary * LLAMA_8B.hidden)  # no embedding
     assert weights < cost.bytes < 1.001 * weights
     assert cost.flops == pytest.approx(weights, rel=0.001)
-    assert cost.seconds == pytest.approx(cost.bytes / GPUS["h100"].bandwidth)
+    assert cost.launches == 32 * 5 + 1
+    launching = cost.launches * GPUS["h100"].launch_seconds
+    assert cost.seconds == pytest.approx(cost.bytes / GPUS["h100"].bandwidth + launching)
 
 
 @pytest.mark.parametrize("device", [*GPUS.values(), SLOW_MULTIPLIER], ids=[*GPUS, "slow"])
