@@ -3,6 +3,7 @@
 PolyrexError
 ├── SpecError            hyperparameters that do not make an adapter
 │   └── UnknownMethod    no method has that name
+├── DeviceError          a device that this machine does not have, or that cannot hold the model
 ├── FileError            a file that cannot be used
 │   ├── MalformedFile    truncated, not safetensors, foreign or newer format, missing metadata
 │   ├── TensorMismatch   a tensor's name, shape, dtype or values
@@ -30,6 +31,10 @@ class SpecError(PolyrexError):
 
 class UnknownMethod(SpecError):
     """No adapter method has that name."""
+
+
+class DeviceError(PolyrexError):
+    """A device that this machine does not have, or that cannot hold or run the model."""
 
 
 class FileError(PolyrexError):

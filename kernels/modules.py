@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -84,10 +84,29 @@ class TaskStateModule(Generic[S]):
     derive: Callable[[Tensor], S]
 
 
-@dataclass(frozen=True)
-class FactoredModule:
-    """A whole target module whose E experts are tensor products, kept as leaves."""
+@dataclass(frozen=True, eq=False)
+class LeafModule:
+    """A target module in leaf space, on a GPU: all of it, or a part as in `LayerModule`.
+
+    `derive` takes the operands and rows of the module's routing weights, [D, W] float32. Modules of
+    one `kind` have the same `derive`, and operands of the same shapes.
+    """
 
     index: int
-    columns: slice
-    sides: FactoredSides
+    width: int  # W
+    kind: Hashable
+    operands: tuple[Tensor, ...]
+    derive: Callable[[tuple[Tensor, ...], Tensor], FactoredSides]
+    inputs: slice
+    outputs: slice
+    column: int
+
+
+class Hidden(NamedTuple):
+    """What the A sides of a layer's n modules make of T tokens: `h = parts.sum(1)`.
+
+    The sum is left to those who read h, which saves a kernel; its order is fixed.
+    """
+
+    parts: Tensor  # [n, P, T, r] float32
+    weights: Tensor | None  # [n, T, E] float32, the routing weights of the B sides; None: all 1

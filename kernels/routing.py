@@ -1,6 +1,10 @@
 """Routing weights as layers read them: the table of slots, and the rows that one step reads.
 
 A row of zeros means no adapter: every method's delta is exactly 0 for it. Slot 0 is such a row.
+
+On the CPU a step gathers the rows that occur, once for all layers. On a GPU nothing is gathered:
+kernels read the table itself, by the slot of each token, at addresses that never change, as a CUDA
+graph needs them.
 """
 
 from __future__ import annotations
@@ -15,17 +19,27 @@ from torch import Tensor
 from .step_plan import SHARED, Planner, SharedOnly, StepPlan, log_change
 
 
+def reads_by_slot(device: torch.device) -> bool:
+    """Whether steps on the device read the table itself, from buffers that stay where they are."""
+    return device.type == "cuda"
+
+
 @dataclass(frozen=True)
 class StepRouting:
-    """The routing of one forward pass, gathered once for all M modules.
+    """The routing of one forward pass, for all M modules.
 
-    It has T tokens and D distinct rows, each of W weights a module.
+    It has T tokens and D rows, each of W weights a module: the distinct rows of the step, or all of
+    the table, whose values may change under a step that is kept (in a CUDA graph).
     """
 
-    weights: Tensor  # [D, M, W] float32
+    weights: Tensor  # [D, M, W]; float32 if gathered, in the table's dtype if by slot
     rows: Tensor  # [T] int64, the row of each token among the D
     dtype: torch.dtype  # of the products
     plan: StepPlan = SHARED
+    by_slot: bool = False
+    """Whether `weights` is the table itself: then nothing that depends on it is kept here."""
+    slot_places: Tensor | None = None
+    """[T] int64, by slot only: see `places`."""
     _spread: dict[int, StepRouting] = field(default_factory=dict, repr=False, compare=False)
 
     def spread(self, tokens: int) -> StepRouting:
@@ -59,6 +73,8 @@ class StepRouting:
     @cached_property
     def places(self) -> Tensor:
         """[T] int64: the place of the state of each token's task; -1 for the base model."""
+        if self.slot_places is not None:
+            return self.slot_places
         by_row = torch.full((len(self.weights),), -1, device=self.rows.device)
         for row, place in self.plan.places:
             by_row[row] = place.number
@@ -89,6 +105,8 @@ class ModuleRouting:
     @property
     def token_weights(self) -> Tensor:
         """[T, W] in the compute dtype: weights[rows]."""
+        if self.step.by_slot:
+            return self.weights.index_select(0, self.rows).to(self.step.dtype)
         return self.step.token_weights[self.index]
 
 
@@ -113,11 +131,14 @@ class RoutingTable:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         planner: Planner | None = None,
+        max_tokens: int = 0,
     ) -> None:
+        """`max_tokens` is the size of the largest step; only steps that read by slot need it."""
         self._planner = planner or SharedOnly()
         self._last = SHARED
         self._gathered: Gathered | None = None
         self.weights = torch.zeros(slots, modules, width, device=device, dtype=dtype)
+        self._tokens = TokenBuffers(max_tokens, device) if reads_by_slot(device) else None
 
     def write(self, slot: int, weights: Tensor) -> None:
         """Fill one row with M * W `weights`. Slot 0, which base requests read, stays zero."""
@@ -129,15 +150,26 @@ class RoutingTable:
     def step(self, slots: Sequence[int], dtype: torch.dtype) -> StepRouting | None:
         """The routing of a packed batch whose token t belongs to `slots[t]`.
 
-        None if every token belongs to the base model: layers then add nothing at all.
+        None if every token belongs to the base model: layers then add nothing at all. By slot, the
+        buffers of rows then hold zeros, which is the same to a graph that has layers in it.
         """
         if not any(slots):
+            if self._tokens is not None:
+                self._tokens.fill((), SHARED)
             return None
+        if self._tokens is not None:
+            plan = self._plan(slots, {slot: slot for slot in sorted(set(slots))})
+            rows, places = self._tokens.fill(tuple(slots), plan)
+            return StepRouting(self.weights, rows, dtype, plan, True, places)
         gathered = self._gather(tuple(slots))
-        plan = self._planner.plan(slots, gathered.position)
+        plan = self._plan(slots, gathered.position)
+        return StepRouting(gathered.weights, gathered.rows, dtype, plan)
+
+    def _plan(self, slots: Sequence[int], position: dict[int, int]) -> StepPlan:
+        plan = self._planner.plan(slots, position)
         log_change(self._last, plan)
         self._last = plan
-        return StepRouting(gathered.weights, gathered.rows, dtype, plan=plan)
+        return plan
 
     def _gather(self, slots: tuple[int, ...]) -> Gathered:
         """The rows of a step; the last step's, as long as the same requests go on."""
@@ -148,3 +180,38 @@ class RoutingTable:
             weights = self.weights[torch.tensor(list(position), device=device)].float()
             self._gathered = Gathered(slots, position, weights, rows)
         return self._gathered
+
+
+class TokenBuffers:
+    """What kernels read of each token of a step, at addresses that stay the same.
+
+    Tokens beyond those of a step read what a token of the base model reads.
+    """
+
+    def __init__(self, max_tokens: int, device: torch.device) -> None:
+        self._rows = torch.zeros(max_tokens, dtype=torch.int64, device=device)
+        self._places = torch.full_like(self._rows, -1)
+        self._slots: tuple[int, ...] = ()  # in the buffers now
+        self._plan = SHARED
+
+    def fill(self, slots: tuple[int, ...], plan: StepPlan) -> tuple[Tensor, Tensor]:
+        """The rows and the places of a step's tokens: views [T] of the buffers.
+
+        Copies only what has changed since the last step. Raises AssertionError where there are more
+        tokens than the buffers hold.
+        """
+        tokens = len(slots)
+        assert tokens <= len(self._rows), f"{tokens} tokens, the table is for {len(self._rows)}"
+        written = max(tokens, len(self._slots))
+        if slots != self._slots:
+            self._put(self._rows, slots, written, 0)
+        if (slots, plan.places) != (self._slots, self._plan.places):
+            numbers = {slot: place.number for slot, place in plan.places}
+            self._put(self._places, [numbers.get(slot, -1) for slot in slots], written, -1)
+        self._slots, self._plan = slots, plan
+        return self._rows[:tokens], self._places[:tokens]
+
+    def _put(self, buffer: Tensor, values: Sequence[int], size: int, rest: int) -> None:
+        """Write the values, and `rest` as far as `size`; the host does not wait for the copy."""
+        whole = torch.tensor([*values, *[rest] * (size - len(values))], dtype=torch.int64)
+        buffer[:size].copy_(whole, non_blocking=True)

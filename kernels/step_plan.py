@@ -127,7 +127,7 @@ class TaskStates:
         tasks = [slot for slot in rows if slot]
         # Every task of the step needs a place: if there are too few, there are more from now on.
         self._kept.capacity = max(self._kept.capacity, len(tasks))
-        places = tuple((rows[slot], self._kept.take(slot)) for slot in tasks)
+        places = tuple((rows[slot], self._kept.take(slot, keep=rows)) for slot in tasks)
         if places != self._last.places:  # an unchanged plan tells layers that nothing is new
             self._last = StepPlan("own states", f"{len(tasks)} tasks", places=places)
         return self._last

@@ -83,11 +83,11 @@ class VllmEngineConfig:
     max_context: PositiveInt | None = None
     """Longest prompt and completion together; the model's own limit if not given."""
     state_bytes: NonNegativeInt = 512 << 20
-    """Bytes kept of single tasks in use, on every rank."""
+    """Bytes kept of single tasks in use, on every rank; on CUDA at least those of `max_running`."""
     kv_cache_bytes: PositiveInt = 2 << 30
     """Bytes of the cache of keys and values, on every rank."""
     eager: Annotated[bool, Parameter(alias="--eager")] = False
-    """Run without compiling: starts sooner, answers more slowly."""
+    """Run without compiling and without CUDA graphs: starts sooner, answers more slowly."""
     tensor_parallel: Annotated[PositiveInt, Parameter(alias="--tensor-parallel")] = 1
     """Ranks that share the model."""
 
@@ -99,6 +99,9 @@ class ServerConfig:
     model: Annotated[str, _MODEL, Parameter(name="base")] = "smollm2-135m-instruct"
     """The base model: a name, or a folder in Hugging Face's format. Clients see it as the model's
     id."""
+    fit_device: Annotated[Device, _MODEL] = Device.auto
+    """Device that tasks are fitted on; auto is that of the engine, or the CPU where a card has no
+    room for the model a second time."""
     host: Annotated[str, _SERVER] = "127.0.0.1"
     """Address to listen on."""
     port: Annotated[int, _SERVER, Parameter(validator=Number(gte=1, lte=65535))] = 8000
@@ -142,6 +145,9 @@ class Launch:
     """Device that the model runs on; auto is CUDA where there is one."""
     engine: Annotated[EngineName, _MODEL] = EngineName.embedded
     """Engine that runs the model."""
+    gpu_graphs: Annotated[bool, _MODEL] = False
+    """Record decode steps as CUDA graphs, and replay them: experimental. Without a card, it changes
+    nothing."""
     embedded: Annotated[EmbeddedConfig, _EMBEDDED] = EmbeddedConfig()
     vllm: Annotated[VllmEngineConfig, _VLLM] = VllmEngineConfig()
     api_key_file: Annotated[Path | None, _SERVER] = None

@@ -25,13 +25,15 @@ from polyrex.adapters.files.inventory import (
 from polyrex.adapters.files.router import RouterMetadata, write_router
 from polyrex.adapters.methods.protocol import LearningRates
 from polyrex.adapters.model.attach import AdaptedModel
-from polyrex.adapters.model.base_model import DEFAULT_BASE
+from polyrex.adapters.model.base_model import DEFAULT_BASE, Quantisation
+from polyrex.adapters.model.devices import pick_device
 from polyrex.adapters.model.sentence_encoder import SentenceEncoder
 from polyrex.adapters.rows import Row
 from polyrex.training.data.batches import Example, by_length, encode_rows
 from polyrex.training.data.tasks import example_prompt, load_tasks, prompt_of
 from polyrex.training.intuition.cluster import mean_intuition
 from polyrex.training.loop.run import LoopConfig, StepRecord, run
+from polyrex.training.model.checkpointing import checkpoint_layers
 from polyrex.training.model.frozen import upper_alone
 from polyrex.training.model.loading import load_for_training
 from polyrex.training.model.multi_task import Groups, MultiTaskModel
@@ -76,18 +78,28 @@ class AdaptConfig:
     loop: LoopConfig = ADAPTATION
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Data type that the model computes in."""
+    device: str = "auto"
+    """Device to adapt on: cpu, cuda, cuda:N, or auto, which is CUDA where there is one."""
+    quantize: Quantisation | None = None
+    """Bits of the frozen layers' weights: 8bit needs torchao, 4bit bitsandbytes."""
+    gradient_checkpointing: bool = False
+    """Compute each layer's activations again for its gradients, instead of keeping them."""
 
 
 def adapt(config: AdaptConfig) -> Path:
     """Adapt to one task and write its router, and a new inventory unless the mode is routing.
 
-    Returns the path of the router. Raises DataError, FileError or SpecError on bad input.
+    Returns the path of the router. Raises DataError, FileError or SpecError on bad input, and
+    DeviceError where there is no such device.
     """
+    device = pick_device(config.device)
     if config.loop.steps < 1:
         raise SpecError(f"adapting takes at least 1 step, got {config.loop.steps}")
     (task,) = load_tasks(config.data, (config.task,))
     inventory = read_inventory(config.inventory)
-    base, tokenizer = load_for_training(config.base, config.dtype)
+    base, tokenizer = load_for_training(config.base, config.dtype, device, config.quantize)
+    if config.gradient_checkpointing:
+        checkpoint_layers(base)
     adapted = load_experts(inventory, base)
     rows = few_shot_rows(task.rows["train"], config.rows, config.loop.seed)
     prompts = [prompt_of(task.instruction, row) for row in rows]
@@ -187,7 +199,7 @@ def fit(
     start = model.logits[0].detach().clone()
     with upper_alone(adapted, above, examples, start) if above else nullcontext(examples) as rows:
         curve = run(model, chosen, rows, loop, pad=pad, title="adapting", progress=progress)
-    return name, model.logits[0].detach().clone(), [record.loss for record in curve]
+    return name, model.logits[0].detach().cpu().clone(), [record.loss for record in curve]
 
 
 FIRST_LOOK = 3
@@ -208,7 +220,7 @@ def _choose_start(
 
     def cost(name: str) -> float:
         model.logits[0] = starts[name]
-        return sum(model.loss(batch).item() for batch in batches)
+        return torch.stack([model.loss(batch) for batch in batches]).double().sum().item()
 
     while len(names) > 1:
         seen = examples[:rows]

@@ -1,7 +1,8 @@
 """Fits a router to a few rows, in the process that `POST /v1/tasks/{name}/fit` starts.
 
 Reads a job (FitJob) as one JSON object from stdin, and writes events to stdout, one JSON object a
-line: `started`, `progress` (step, steps, loss), and finally `scored`, or `failed` with a message.
+line: `started` (with the device), `progress` (step, steps, loss), and finally `scored`, or `failed`
+with a message.
 The router is then in the job's `out` file, with its scores in the metadata.
 """
 
@@ -23,12 +24,15 @@ from polyrex.adapters.errors import DataError, PolyrexError
 from polyrex.adapters.files.inventory import load_experts, read_inventory
 from polyrex.adapters.files.router import RouterMetadata, write_router
 from polyrex.adapters.model.attach import AdaptedModel
+from polyrex.adapters.model.base_model import torch_dtype
+from polyrex.adapters.model.devices import device_name
 from polyrex.adapters.model.routed_linear import RoutedLinear
 from polyrex.adapters.rows import parse_row
 from polyrex.training.data.batches import Example, encode_rows
 from polyrex.training.data.tasks import Metric, Task, prompt_of
 from polyrex.training.evaluation.evaluate import Score, evaluate
 from polyrex.training.loop.run import StepRecord
+from polyrex.training.model.beside import device_beside
 from polyrex.training.model.loading import load_for_training
 
 from .adapt import ADAPTATION, fit, starts_of
@@ -66,20 +70,23 @@ class FitJob:
     rows: list[dict[str, Any]]
     out: str
     dtype: str = "bfloat16"
+    device: str = "auto"
 
 
 def run_job(job: FitJob, emit: Callable[..., None]) -> None:
     """Fit a router, score it on the held-out rows (every fourth), and write it.
 
     Raises DataError if there are too few rows, or if only some have options; FileError or SpecError
-    if the inventory cannot be used.
+    if the inventory cannot be used; DeviceError if the device has no room.
     """
     task = task_of(job)
     inventory = read_inventory(Path(job.inventory))
-    base, tokenizer = load_for_training(job.base, job.dtype)
+    device = device_beside(job.device, job.base, torch_dtype(job.dtype))
+    base, tokenizer = load_for_training(job.base, job.dtype, device)
     adapted = load_experts(inventory, base)
     train = task.rows["train"]
-    emit("started", rows=len(train), held_out=len(task.rows["valid"]), steps=LOOP.steps)
+    held_out, place = len(task.rows["valid"]), device_name(device)
+    emit("started", rows=len(train), held_out=held_out, steps=LOOP.steps, device=place)
 
     def progress(record: StepRecord) -> None:
         emit("progress", step=record.step + 1, steps=LOOP.steps, loss=round(record.loss, 4))
@@ -116,11 +123,13 @@ def lower_layers(adapted: AdaptedModel, examples: Sequence[Example]) -> int:
     """The number of decoder layers that keep the task's initial routing, so that the whole run
     stays within BUDGET; at most two thirds.
 
-    0 if one row of logits routes all layers, or if no layer above these is adapted.
+    0 if one row of logits routes all layers, if no layer above these is adapted, or on a card,
+    where all layers take seconds.
     """
     model: Any = adapted.model
     layers = getattr(model.base_model, "layers", ())
-    if not layers or adapted.spec.granularity == "model":
+    on_card = adapted.device.type == "cuda"
+    if on_card or not layers or adapted.spec.granularity == "model":
         return 0
     tokens = LOOP.steps * LOOP.batch_rows * sum(map(len, examples)) / len(examples)
     weights = sum(parameter.numel() for parameter in layers[0].parameters())
@@ -175,6 +184,9 @@ def main() -> None:
         run_job(FitJob(**json.loads(sys.stdin.read())), _emit)
     except PolyrexError as error:
         _emit("failed", message=str(error))
+        sys.exit(1)
+    except torch.OutOfMemoryError:
+        _emit("failed", message="fitting takes more of the card than the engine leaves free")
         sys.exit(1)
 
 

@@ -14,7 +14,8 @@ from cyclopts.types import NonNegativeFloat
 
 from polyrex.adapters.files.bundle import NewRouter, write_bundle
 from polyrex.adapters.model.attach import ALL_PROJECTIONS, attach, find_targets
-from polyrex.adapters.model.base_model import DEFAULT_BASE, torch_dtype
+from polyrex.adapters.model.base_model import DEFAULT_BASE, Quantisation, torch_dtype
+from polyrex.adapters.model.devices import device_name, pick_device
 from polyrex.adapters.model.sentence_encoder import DEFAULT_ENCODER, SentenceEncoder
 from polyrex.adapters.spec import AdapterSpec
 from polyrex.training.data.batches import encode_rows
@@ -23,6 +24,7 @@ from polyrex.training.intuition.cluster import TrainPrompts
 from polyrex.training.intuition.embeddings import Embeddings
 from polyrex.training.loop.ranks import Ranks
 from polyrex.training.loop.run import LoopConfig, StepRecord, run
+from polyrex.training.model.checkpointing import checkpoint_layers
 from polyrex.training.model.loading import load_for_training
 from polyrex.training.model.multi_task import MultiTaskModel
 
@@ -55,6 +57,12 @@ class TrainConfig:
     """Sentence encoder of the intuition: a folder, or a hub's id."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Data type that the model computes in."""
+    device: str = "auto"
+    """Device to train on: cpu, cuda, cuda:N, or auto, which is CUDA where there is one."""
+    quantize: Quantisation | None = None
+    """Bits of the frozen layers' weights: 8bit needs torchao, 4bit bitsandbytes."""
+    gradient_checkpointing: bool = False
+    """Compute each layer's activations again for its gradients, instead of keeping them."""
     store_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Data type of the inventory's file."""
 
@@ -69,9 +77,12 @@ def train(config: TrainConfig) -> Path:
     Resumes an interrupted run of the same configuration. Under `torchrun`, all processes train
     together and the first one writes. Returns `config.out`.
     """
+    device = pick_device(config.device)
     config.out.mkdir(parents=True, exist_ok=True)
     tasks = load_tasks(config.data, config.tasks, config.role)
-    base, tokenizer = load_for_training(config.base, config.dtype)
+    base, tokenizer = load_for_training(config.base, config.dtype, device, config.quantize)
+    if config.gradient_checkpointing:
+        checkpoint_layers(base)
     targets, seed = find_targets(base, config.targets), config.loop.seed
     prompts = _prompts(config, tasks) if config.spec.intuition else None
     intuition = None if prompts is None else prompts.intuition
@@ -96,7 +107,7 @@ def train(config: TrainConfig) -> Path:
         pad=tokenizer.eos_token_id,
         checkpoint=config.out / "checkpoint.safetensors",
     )
-    if not Ranks().first:
+    if not Ranks(device).first:
         return config.out
     write_results(config.out, model, tasks, torch_dtype(config.store_dtype))
     write_record(config.out / "record.json", _record(config, loop, tasks, curve, started))
@@ -146,6 +157,9 @@ def _record(
             "tasks": {task.name: len(task.rows["train"]) for task in tasks},
             "dtype": config.dtype,
             "store_dtype": config.store_dtype,
+            "device": device_name(pick_device(config.device)),
+            "quantize": config.quantize,
+            "gradient_checkpointing": config.gradient_checkpointing,
         },
         "commit": current_commit(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from polyrex.adapters.errors import SpecError
 from polyrex.adapters.spec import AdapterSpec, TargetModule
-from polyrex.kernels.factored import FactoredSides
 from polyrex.kernels.modules import TaskState, TokenGates
 from polyrex.kernels.routing import ModuleRouting
 
@@ -157,10 +156,6 @@ class Experts(nn.Module):
         """
         raise NotImplementedError(f"{self.method} keeps no state for a task")
 
-    def expert_leaves(self) -> FactoredSides | None:
-        """Both sides of all E experts as leaves in float32, where they are tensor products."""
-        return None
-
     def compose(self, operands: Operands, weights: Tensor, dtype: torch.dtype) -> Composed:
         """The adapters of D tasks in `dtype`, from their rows of routing weights [D, W].
 
@@ -186,7 +181,9 @@ def normalised_gates(logits: Tensor, experts: int, *, sample: bool) -> Tensor:
     noise is added to it (TensorPoly, section 3.1; Poly, equation 3).
     """
     if sample:
-        uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
+        # Drawn on the CPU, so that a seed means the same noise on every device.
+        drawn = torch.rand(logits.shape, dtype=logits.dtype, pin_memory=logits.is_cuda)
+        uniform = drawn.to(logits.device, non_blocking=True).clamp(1e-6, 1 - 1e-6)
         logits = logits + torch.logit(uniform)
     gates = torch.sigmoid(logits).view(*logits.shape[:-1], -1, experts)
     normalised = gates / (gates.sum(-1, keepdim=True) + 1e-12)

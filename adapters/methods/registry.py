@@ -103,4 +103,7 @@ def route(
 ) -> Tensor:
     """Rows of the routing table, [..., M, W], of router logits [..., groups, R]."""
     weights = method_class(spec.method).route(spec, logits, sample=sample)
-    return weights[..., routing_groups(targets, spec.granularity), :]
+    if spec.granularity == "module":  # every module has a row of its own already
+        return weights
+    groups = routing_groups(targets, spec.granularity)
+    return weights.index_select(-2, groups.to(weights.device))

@@ -15,7 +15,7 @@ from polyrex.kernels.leaf_size import leaf_size
 
 from .protocol import LearningRates, Operands
 from .rank_space import RankSpaceExperts
-from .tensor_product import FactoredSide, factor_leaves, fused_factor
+from .tensor_product import FactoredSide, fused_factor
 
 
 class TensorPoly1Experts(RankSpaceExperts):
@@ -66,11 +66,6 @@ class TensorPoly1Experts(RankSpaceExperts):
         b = fused_factor(self.weight_leafs_b, self.target.d_out, norm, dtype)  # [E, r, d_out]
         b = b * (self.gate / self.spec.rank).to(dtype)
         return a.flatten(0, 1).unsqueeze(0), b.flatten(0, 1).unsqueeze(0)
-
-    def expert_leaves(self) -> FactoredSides | None:
-        leaves = self.weight_leafs_a, self.weight_leafs_b
-        a, b = (factor_leaves(side.detach().float(), self.spec.norm) for side in leaves)
-        return factored_sides(a, b, (self.gate.detach() / self.spec.rank).float())
 
 
 def factored_sides(a: FactoredSide, b: FactoredSide, scale: Tensor) -> FactoredSides:

@@ -60,9 +60,6 @@ class TensorPoly2Experts(TensorPoly1Experts):
         shape = order, len(weights), rank, -1
         return side_a.reshape(shape), side_b.reshape(shape)
 
-    def expert_leaves(self) -> None:
-        """No expert has leaves of its own: the leaves themselves are mixed."""
-
     def task_state(self, operands: Operands, weights: Tensor) -> FactoredSides:
         return factored_sides(*self.task_sides(operands, weights), operands[1])
 

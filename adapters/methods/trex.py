@@ -156,6 +156,6 @@ class TrexExperts(Experts):
 def _gates(operands: list[Tensor], x: Tensor, routing: ModuleRouting) -> Tensor:
     """g [T, I*J] in the dtype of x, computed in float32; 0 where the switch is 0."""
     token_router, token, task = operands
-    row = routing.weights.to(token.dtype)[routing.rows]
+    row = routing.weights.to(token.dtype).index_select(0, routing.rows)
     by_token = torch.softmax(F.linear(x.to(token.dtype), token_router), -1)
     return (token * by_token * row[:, :1] + task * row[:, 1:]).to(x.dtype)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +22,8 @@ from polyrex.kernels.routing import StepRouting
 from polyrex.kernels.step_plan import Planner
 
 from .intuition import Intuition
-from .routed_linear import AddByStep, AddComposed, AddServed, RoutedLinear
+from .packed_linear import PackedLinear, PackedMember, pack_projections
+from .routed_linear import AddByStep, AddComposed, RoutedLinear, add_served
 
 ALL_PROJECTIONS = r".*\.layers\.\d+\..*_proj"
 """Every projection of every decoder layer, under the names that most Hugging Face models use."""
@@ -46,6 +49,7 @@ class AdaptedModel:
         self.layers = layers
         self.intuition = intuition
         self._prepared: list[Operands] | None = None
+        self._packed: tuple[PackedLinear, ...] = ()
         # Of all engines that are made for this model, so that each can run it after another has.
         self._context = StepContext()
 
@@ -55,6 +59,11 @@ class AdaptedModel:
         base: Any = self.model
         found: torch.dtype = base.dtype
         return found
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base model and the experts lie."""
+        return self.layers[0].base.weight.device
 
     @property
     def routes_by_token(self) -> bool:
@@ -80,13 +89,14 @@ class AdaptedModel:
 
     def add_nothing(self) -> None:
         """Run the base model alone."""
-        for layer in self.layers:
+        holders: tuple[RoutedLinear | PackedLinear, ...] = (*self.layers, *self._packed)
+        for layer in holders:
             layer.added = None
 
     def add_by_step(self, step: StepRouting | None) -> None:
         """Add the method's own `delta` for a step's tokens, or for the rows of a padded batch."""
+        self.add_nothing()
         if step is None:
-            self.add_nothing()
             return
         for layer, operands in zip(self.layers, self._operands(self.dtype), strict=True):
             layer.added = AddByStep(layer.experts, operands, step, layer.index)
@@ -96,6 +106,7 @@ class AdaptedModel:
 
         `LowRank.delta` says which tokens they are for. Raises SpecError where tokens choose.
         """
+        self.add_nothing()
         for layer, operands in zip(self.layers, self._operands(self.dtype), strict=True):
             own = layer.experts.compose(operands, weights[:, layer.index], self.dtype)
             layer.added = AddComposed(own)
@@ -107,7 +118,7 @@ class AdaptedModel:
         Where tokens do not choose, the task's adapter is composed once.
         """
         if logits is not None:
-            weights = self.route(logits.detach()).unsqueeze(0)  # [1, M, W]
+            weights = self.route(logits.detach().to(self.device)).unsqueeze(0)  # [1, M, W]
             if self.routes_by_token:
                 row = torch.zeros(1, dtype=torch.int64, device=weights.device)
                 self.add_by_step(StepRouting(weights, row, self.dtype))
@@ -118,19 +129,41 @@ class AdaptedModel:
         finally:
             self.add_nothing()
 
-    def serve(self, dtype: torch.dtype, state_bytes: int) -> tuple[Planner, StepContext]:
+    def serve(
+        self, dtype: torch.dtype, state_bytes: int, *, tasks: int = 0, pack: bool = False
+    ) -> tuple[Planner, StepContext]:
         """Freeze the experts into the form that an engine runs, and add it from now on.
 
         Returns the planner of the engine's steps, and where the engine puts each step's routing.
-        `state_bytes` is what layers may keep for single tasks. Raises TensorMismatch where `dtype`
-        cannot hold the experts.
+        `state_bytes` is what layers may keep for single tasks, `tasks` the most that one step has.
+        With `pack`, projections of the same x become one product for good (packed_linear.py).
+        Raises TensorMismatch where `dtype` cannot hold the experts.
         """
-        builder = LayerBuilder(dtype, self.layers[0].base.weight.device, state_bytes)
+        if pack:
+            pack_projections(self.model)
+        self.add_nothing()
+        device = self.layers[0].base.weight.device
+        builder = LayerBuilder(dtype, device, state_bytes, self._context)
+        products = self._slices()
+        self._packed = tuple(layer for layer in products if isinstance(layer, PackedLinear))
+        on_gpu = device.type == "cuda"
+        beside = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
         with torch.inference_mode():
-            for layer in self.layers:
-                served = builder.build([Slice.whole(layer.index, layer.experts)])
-                layer.added = AddServed(served, self._context)
-        return builder.planner(self.layers[0].experts), self._context
+            for layer, slices in products.items():
+                layer.added = add_served(builder.build(slices), self._context, beside)
+        return builder.planner(self.layers[0].experts, tasks), self._context
+
+    def _slices(self) -> dict[RoutedLinear | PackedLinear, list[Slice]]:
+        """The products to whose outputs an engine adds adapters, with the modules in each."""
+        found: dict[RoutedLinear | PackedLinear, list[Slice]] = {}
+        for layer in self.layers:
+            part = Slice.whole(layer.index, layer.experts)
+            if isinstance(layer.base, PackedMember):
+                part = replace(part, columns=layer.base.columns)
+                found.setdefault(layer.base.packed, []).append(part)
+            else:
+                found[layer] = [part]
+        return found
 
     def _operands(self, dtype: torch.dtype) -> Iterable[Operands]:
         """Each layer's operands: those that were prepared, or derived from the parameters now."""
@@ -187,9 +220,13 @@ def attach(
                 f"target module {target.name}: expected {target.d_in} -> {target.d_out}, "
                 f"the model has {found[0]} -> {found[1]}"
             )
+        if isinstance(base, PackedMember):
+            base.packed.added = None  # those of an earlier AdaptedModel
         experts = make_experts(spec, target)
         experts.reset(generator)  # on the CPU: the same values whatever the device
         layers.append(RoutedLinear(base, experts.to(base.weight.device), index))
         parent, _, attribute = target.name.rpartition(".")
         setattr(modules[parent], attribute, layers[-1])
+    if intuition is not None:  # a copy: an inventory's own stays on the CPU, with its texts
+        intuition = deepcopy(intuition).to(layers[0].base.weight.device)
     return AdaptedModel(model, spec, targets, tuple(layers), intuition)

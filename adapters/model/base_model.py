@@ -10,8 +10,9 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,11 +21,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
+    TorchAoConfig,
 )
 
-from polyrex.adapters.errors import BaseModelMismatch, FileError, SpecError
+from polyrex.adapters.errors import BaseModelMismatch, DeviceError, FileError, SpecError
 from polyrex.kernels.cpu.build import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -140,14 +143,74 @@ def torch_dtype(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def load_base(path: str, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
-    """The base model in evaluation mode, frozen; `path` as `resolve_base` returns it."""
+Quantisation = Literal["4bit", "8bit"]
+"""Weights of frozen linear layers in 4 bits (bitsandbytes' NF4) or in 8 (torchao's int8)."""
+
+
+def load_base(
+    path: str,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    quantize: Quantisation | None = None,
+) -> nn.Module:
+    """The base model in evaluation mode, frozen; `path` as `resolve_base` returns it.
+
+    Weights go from the file to the device one by one, so that memory of the host holds no copy of
+    the model; on the CPU, those that are stored in `dtype` stay mapped from the file. A checkpoint
+    that is quantised, or is to be, has its linear layers in the library's own form.
+
+    Raises DeviceError where that library is missing, or the device cannot do it.
+    """
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model: nn.Module = kind.from_pretrained(
-        path, config=config, dtype=dtype, trust_remote_code=False
-    )
-    return model.to(device).eval().requires_grad_(False)
+    load = partial(kind.from_pretrained, path, config=config, trust_remote_code=False)
+    place = torch.device(device)
+    model: Any
+    if quantize or getattr(config, "quantization_config", None):
+        model = _load_quantised(load, dtype, place, quantize)
+    elif place.type == "cpu":
+        model = load(dtype=dtype)
+    else:
+        model = move(load(dtype="auto"), dtype, place)  # as stored, and therefore mapped
+    frozen: nn.Module = model.eval().requires_grad_(False)
+    return frozen
+
+
+def move(model: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model on a device, with its weights in `dtype`, one after the other."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device, dtype)
+    model.config.dtype = dtype
+    return model.to(device)  # the buffers, whose dtype is not that of weights
+
+
+def _load_quantised(
+    load: Callable[..., Any], dtype: torch.dtype, place: torch.device, quantize: Quantisation | None
+) -> Any:
+    try:
+        wanted = _QUANTISED[quantize](dtype) if quantize else None
+        return load(dtype=dtype, device_map={"": place}, quantization_config=wanted)
+    except (ImportError, RuntimeError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise DeviceError(f"a quantised base model on {place}: {said}") from error
+
+
+def _in_8_bits(_: torch.dtype) -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def _in_4_bits(dtype: torch.dtype) -> Any:
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )  # type: ignore[no-untyped-call]
+
+
+_QUANTISED: dict[Quantisation, Callable[[torch.dtype], Any]] = {
+    "4bit": _in_4_bits,
+    "8bit": _in_8_bits,
+}
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -42,8 +42,8 @@ class Intuition(nn.Module):
             nn.init.normal_(self.map, std=1 / math.sqrt(self.map.shape[1]), generator=generator)
 
     def of(self, embeddings: Tensor) -> Tensor:
-        """The intuition [n, K] of texts, from their embeddings [n, D]."""
-        return embeddings @ self.centroids.T
+        """The intuition [n, K] of texts, from their embeddings [n, D], and on their device."""
+        return embeddings @ self.centroids.T.to(embeddings.device)
 
     def gates(self, intuition: Tensor) -> Tensor:
         """Gates [..., G] from intuition [..., K]."""

@@ -12,6 +12,7 @@ from functools import partial
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 from polyrex.adapters.methods.protocol import Space
 from polyrex.adapters.methods.registry import make_experts
@@ -20,13 +21,14 @@ from polyrex.kernels.cpu.build import why_not_compiled
 from polyrex.kernels.cpu.rank_space import PairSpaceLayer, RankSpaceLayer
 from polyrex.kernels.cpu.task_state import TaskStateLayer
 from polyrex.kernels.cpu.token_gates import TokenSpaceLayer
-from polyrex.kernels.factored import RANK
-from polyrex.kernels.modules import FactoredModule, LayerModule, TaskState, TaskStateModule
+from polyrex.kernels.factored import RANK, FactoredSides
+from polyrex.kernels.leaf_states import LeafStates
+from polyrex.kernels.modules import LayerModule, LeafModule, TaskState, TaskStateModule
 
-from .layers import DeltaLayer, ServedLayer, Slice, check_finite, frozen_operands
+from .layers import DeltaLayer, ServedLayer, Slice, frozen_operands
 
 Slices = Sequence[Slice]
-Build = Callable[[Slices, torch.dtype], ServedLayer]
+Build = Callable[[Slices, torch.dtype, LeafStates], ServedLayer]
 WhyNot = Callable[[Slices, torch.dtype], str | None]
 
 
@@ -107,14 +109,6 @@ def _triton_unsplit(slices: Slices, dtype: torch.dtype) -> str | None:
     return _triton(slices, dtype)
 
 
-def _triton_leaves(slices: Slices, dtype: torch.dtype) -> str | None:
-    if not all(part.is_whole for part in slices):
-        return "the Triton kernels take whole modules of leaves"
-    if slices[0].experts.space == "rank" and slices[0].experts.expert_leaves() is None:
-        return "the experts are no tensor products"
-    return _triton(slices, dtype)
-
-
 def _modules(slices: Slices, dtype: torch.dtype) -> list[LayerModule]:
     return [
         LayerModule(
@@ -128,17 +122,17 @@ def _modules(slices: Slices, dtype: torch.dtype) -> list[LayerModule]:
     ]
 
 
-def _cpu_rank(slices: Slices, dtype: torch.dtype) -> ServedLayer:
+def _cpu_rank(slices: Slices, dtype: torch.dtype, _states: LeafStates) -> ServedLayer:
     experts = slices[0].experts
     width = experts.table_size(experts.spec)
     return RankSpaceLayer(_modules(slices, dtype), experts.spec.experts, width)
 
 
-def _cpu_pair(slices: Slices, dtype: torch.dtype) -> ServedLayer:
+def _cpu_pair(slices: Slices, dtype: torch.dtype, _states: LeafStates) -> ServedLayer:
     return PairSpaceLayer(_modules(slices, dtype))
 
 
-def _cpu_token(slices: Slices, dtype: torch.dtype) -> ServedLayer:
+def _cpu_token(slices: Slices, dtype: torch.dtype, _states: LeafStates) -> ServedLayer:
     experts = slices[0].experts
     gates = [p.experts.token_gates(frozen_operands(p.experts, dtype)) for p in slices]
     return TokenSpaceLayer(_modules(slices, dtype), gates, experts.table_size(experts.spec))
@@ -151,42 +145,53 @@ def _state_module(part: Slice) -> TaskStateModule[TaskState]:
     return TaskStateModule(part.index, width, experts.target.d_out, part.columns.start, derive)
 
 
-def _cpu_state(slices: Slices, dtype: torch.dtype) -> ServedLayer:
+def _cpu_state(slices: Slices, dtype: torch.dtype, _states: LeafStates) -> ServedLayer:
     return TaskStateLayer([_state_module(part) for part in slices], dtype)
 
 
-def _triton_rank(slices: Slices, dtype: torch.dtype) -> ServedLayer:
+def _triton_rank(slices: Slices, dtype: torch.dtype, _states: LeafStates) -> ServedLayer:
     from polyrex.kernels.gpu.layers import TritonRankSpaceLayer  # imports triton
 
     return TritonRankSpaceLayer(_modules(slices, dtype))
 
 
-def _triton_pair(slices: Slices, dtype: torch.dtype) -> ServedLayer:
+def _triton_pair(slices: Slices, dtype: torch.dtype, _states: LeafStates) -> ServedLayer:
     from polyrex.kernels.gpu.layers import TritonPairSpaceLayer
 
     return TritonPairSpaceLayer(_modules(slices, dtype))
 
 
-def _triton_leaf(slices: Slices, _dtype: torch.dtype) -> ServedLayer:
+def _triton_leaf(slices: Slices, _dtype: torch.dtype, states: LeafStates) -> ServedLayer:
     from polyrex.kernels.gpu.layers import TritonLeafLayer
 
-    return TritonLeafLayer([_state_module(part) for part in slices])
+    return TritonLeafLayer([_leaf_module(part) for part in slices], states)
 
 
-def _triton_factored(slices: Slices, _dtype: torch.dtype) -> ServedLayer:
-    from polyrex.kernels.gpu.layers import TritonFactoredLayer
+def _leaf_module(part: Slice) -> LeafModule:
+    experts = part.experts
 
-    modules = []
-    for part in slices:
-        sides = part.experts.expert_leaves()
-        assert sides is not None, "the row's condition says so"
-        leaves = sides.a_first, sides.a_second, sides.b_first, sides.b_second
-        check_finite(leaves, part.experts, torch.float32)
-        modules.append(FactoredModule(part.index, part.columns, sides))
-    return TritonFactoredLayer(modules)
+    def derive(operands: tuple[Tensor, ...], weights: Tensor) -> FactoredSides:
+        state = experts.task_state(operands, weights)
+        assert isinstance(state, FactoredSides), "leaf space: the state of a task is its leaves"
+        return state
+
+    return LeafModule(
+        part.index,
+        experts.table_size(experts.spec),
+        (experts.spec, experts.target.d_in, experts.target.d_out),
+        frozen_operands(experts, torch.float32),
+        derive,
+        part.inputs,
+        part.outputs,
+        part.columns.start,
+    )
 
 
-PYTORCH = Backend("pytorch", None, None, DeltaLayer, _never)
+def _pytorch(slices: Slices, dtype: torch.dtype, _states: LeafStates) -> ServedLayer:
+    return DeltaLayer(slices, dtype)
+
+
+PYTORCH = Backend("pytorch", None, None, _pytorch, _never)
 """The methods' own formula, in PyTorch's operators."""
 
 BACKENDS = (
@@ -195,9 +200,8 @@ BACKENDS = (
     Backend("compiled token gates", "token", "cpu", _cpu_token, _cpu_dtype),
     Backend("compiled factored", "leaf", "cpu", _cpu_state, _cpu_leaves),
     Backend("compiled kronecker", "bond", "cpu", _cpu_state, _cpu_whole),
-    Backend("triton factored", "rank", "cuda", _triton_factored, _triton_leaves),
     Backend("triton rank space", "rank", "cuda", _triton_rank, _triton_unsplit),
     Backend("triton pair space", "pair", "cuda", _triton_pair, _triton),
-    Backend("triton factored", "leaf", "cuda", _triton_leaf, _triton_leaves),
+    Backend("triton factored", "leaf", "cuda", _triton_leaf, _triton),
 )
 """Of the rows for a space and a device, the first whose condition holds is taken."""

@@ -7,9 +7,9 @@ own formula, is the slow twin of every backend, and runs where none fits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from polyrex.adapters.errors import TensorMismatch
 from polyrex.adapters.methods.protocol import Experts, Operands
+from polyrex.kernels.leaf_states import LeafStates
+from polyrex.kernels.modules import Hidden
 from polyrex.kernels.routing import StepRouting
 
 
@@ -24,10 +26,26 @@ from polyrex.kernels.routing import StepRouting
 class StepContext:
     """The routing of the current forward pass, for the served layers of one model.
 
-    An engine sets `step` before it calls the model; None means the base model alone.
+    An engine calls `set` before it calls the model; None means the base model alone.
     """
 
     step: StepRouting | None = None
+    states: LeafStates | None = None
+    """The states of tasks on the device, where layers read them; LayerBuilder puts them here."""
+
+    def set(self, step: StepRouting | None) -> None:
+        """Take the routing of the next forward pass; derive the states that it is first to need.
+
+        All work of the host is done here: a served layer on a GPU only launches kernels.
+        """
+        if step is not None and self.states is not None:
+            self.states.derive(step)
+        self.step = step
+
+    @property
+    def generation(self) -> int:
+        """It increases when buffers that layers read have moved: a CUDA graph is then void."""
+        return 0 if self.states is None else self.states.generation
 
 
 @dataclass(frozen=True)
@@ -68,6 +86,20 @@ class ServedLayer(Protocol):
         """Add the adapters' part for x [T, d_in] to y [T, d], in place."""
 
 
+@runtime_checkable
+class TwoPartLayer(ServedLayer, Protocol):
+    """Adapters whose A sides can run beside the frozen product, of which only B sides need y.
+
+    `add_(y, x, step)` is `expand_(y, shrink(x, step), step)`.
+    """
+
+    def shrink(self, x: Tensor, step: StepRouting) -> Hidden:
+        """What the A sides make of x [T, d_in]."""
+
+    def expand_(self, y: Tensor, hidden: Hidden, step: StepRouting) -> None:
+        """Add what the B sides make of it to y [T, d], in place."""
+
+
 class DeltaLayer:
     """Every module's own `delta`, one after the other."""
 
@@ -93,12 +125,7 @@ def frozen_operands(experts: Experts, dtype: torch.dtype) -> Operands:
     """
     with torch.no_grad():
         operands = tuple(t.contiguous() for t in experts.operands(dtype))
-    check_finite(operands, experts, dtype)
-    return operands
-
-
-def check_finite(tensors: Iterable[Tensor], experts: Experts, dtype: torch.dtype) -> None:
-    """Raise TensorMismatch naming the target module where a value is not finite."""
-    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+    if not all(torch.isfinite(tensor).all() for tensor in operands):
         name = experts.target.name
         raise TensorMismatch(f"target module {name}: the experts are not finite in {dtype}")
+    return operands

@@ -1,110 +1,87 @@
-"""Adapters of the modules in one layer of an engine, on the Triton kernels."""
+"""Adapters of the modules in one layer of an engine, on the Triton kernels.
+
+A layer only launches kernels: one for all A sides and one for all B sides. What they read is at the
+same addresses in every step, so that a CUDA graph can hold a layer. Of its two parts, `shrink`
+needs x alone: it can run beside the frozen product.
+"""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from polyrex.kernels.factored import FactoredSides
-from polyrex.kernels.modules import FactoredModule, LayerModule, TaskState, TaskStateModule
+from polyrex.kernels.leaf_states import LeafStates
+from polyrex.kernels.modules import Hidden, LayerModule, LeafModule
 from polyrex.kernels.routing import StepRouting
 
-from .factored import factored_expand, factored_shrink
+from .factored import LeafSide, factored_expand, factored_shrink
 from .pair_space import pair_shrink
-from .rank_space import routed_expand, routed_shrink
+from .rank_space import OutputSides, TableRows, routed_expand, routed_shrink
 
 
-def _b_sides(modules: Sequence[LayerModule]) -> list[tuple[slice, Tensor]]:
-    """The columns of y that each module adds to, and its B side [E*r, columns]."""
-    sides = []
-    for m in modules:
-        width = m.outputs.stop - m.outputs.start
-        columns = slice(m.column, m.column + width)
-        sides.append((columns, m.b[0][:, m.outputs].contiguous()))
-    return sides
-
-
-class TritonRankSpaceLayer:
-    """`y_t += B_t A_t x_t` for every module of a layer, S = 1, on the shared path."""
+class TritonLayer:
+    """`y_t += B_t A_t x_t` for every module of a layer, in two parts."""
 
     state_bytes = 0
+
+    def add_(self, y: Tensor, x: Tensor, step: StepRouting) -> None:
+        """Add the adapters' contribution for x [T, d_in] to y [T, d], in place."""
+        self.expand_(y, self.shrink(x, step), step)
+
+    @abstractmethod
+    def shrink(self, x: Tensor, step: StepRouting) -> Hidden:
+        """What the A sides make of x [T, d_in]."""
+
+    @abstractmethod
+    def expand_(self, y: Tensor, hidden: Hidden, step: StepRouting) -> None:
+        """Add what the B sides make of it to y [T, d], in place."""
+
+
+class TritonRankSpaceLayer(TritonLayer):
+    """Experts' sides, mixed with S = 1 by a token's routing weights."""
 
     def __init__(self, modules: Sequence[LayerModule]) -> None:
         self._a = torch.cat([m.a[0][:, m.inputs] for m in modules]).contiguous()
-        self._b = _b_sides(modules)
-        self._indices = torch.tensor([m.index for m in modules], device=self._a.device)
+        self._b = OutputSides.of([(m.column, m.b[0][:, m.outputs]) for m in modules])
+        self._indices = torch.tensor([m.index for m in modules]).to(self._a.device)
 
-    def add_(self, y: Tensor, x: Tensor, step: StepRouting) -> None:
-        """Add the adapters' contribution for x [T, d_in] to y [T, d], in place."""
-        weights = step.by_token.index_select(1, self._indices)
-        h = routed_shrink(x, self._a, weights)
-        for number, (columns, b) in enumerate(self._b):
-            routed_expand(y[:, columns], h[:, number], b, weights[:, number])
+    def shrink(self, x: Tensor, step: StepRouting) -> Hidden:
+        return routed_shrink(x, self._a, TableRows(step.weights, step.rows, self._indices))
 
-
-class TritonPairSpaceLayer:
-    """`y_t += B G_t^T A x_t` for every module of a layer: static T-REX."""
-
-    state_bytes = 0
-
-    def __init__(self, modules: Sequence[LayerModule]) -> None:
-        self._a = [(m.index, m.a[0][:, m.inputs].contiguous()) for m in modules]
-        self._b = _b_sides(modules)
-
-    def add_(self, y: Tensor, x: Tensor, step: StepRouting) -> None:
-        """Add the adapters' contribution for x [T, d_in] to y [T, d], in place."""
-        for (index, a), (columns, b) in zip(self._a, self._b, strict=True):
-            pairs = step.by_token[:, index].view(len(x), len(a), len(b))
-            h = pair_shrink(x, a, pairs)
-            # A token without an adapter has h = 0: weight 1 adds nothing.
-            routed_expand(y[:, columns], h, b, h.new_ones(len(x), 1))
+    def expand_(self, y: Tensor, hidden: Hidden, step: StepRouting) -> None:
+        routed_expand(y, hidden, self._b)
 
 
-class TritonFactoredLayer:
-    """`y_t += B_t A_t x_t`, mixing experts whose sides exist only as leaves."""
+class TritonPairSpaceLayer(TritonRankSpaceLayer):
+    """Static T-REX: `y_t += B G_t^T A x_t`, with G_t [I, J] the token's routing weights."""
 
-    state_bytes = 0
-
-    def __init__(self, modules: Sequence[FactoredModule]) -> None:
-        self._modules = modules
-
-    def add_(self, y: Tensor, x: Tensor, step: StepRouting) -> None:
-        """Add the adapters' contribution for x [T, d_in] to y [T, d], in place."""
-        for m in self._modules:
-            _add_factored(y[:, m.columns], x, m.sides, None, step.by_token[:, m.index])
+    def shrink(self, x: Tensor, step: StepRouting) -> Hidden:
+        routing = TableRows(step.weights, step.rows, self._indices)
+        return pair_shrink(x, self._a, routing, len(self._b.values))
 
 
-class TritonLeafLayer:
-    """`y_t += B_t A_t x_t` with leaves of each task, mixed from those of the experts."""
+class TritonLeafLayer(TritonLayer):
+    """Sides of each task's own, which exist only as leaves."""
 
-    state_bytes = 0
+    def __init__(self, modules: Sequence[LeafModule], states: LeafStates) -> None:
+        self._modules, self._states = modules, states
+        self.state_bytes = sum(states.add(module) for module in modules)
 
-    def __init__(self, modules: Sequence[TaskStateModule[TaskState]]) -> None:
-        self._modules = modules
-        self._weights: Tensor | None = None  # from which `_sides` were mixed
-        self._sides: list[FactoredSides] = []
+    @cached_property
+    def _sides(self) -> tuple[list[LeafSide], list[LeafSide]]:
+        """The A sides and the B sides; where they are is known once there are states."""
+        both = [(m, *self._states.sides(m)) for m in self._modules]
+        a = [LeafSide.of(side, m.inputs) for m, side, _ in both]
+        b = [LeafSide.of(side, m.outputs) for m, _, side in both]
+        return a, b
 
-    def add_(self, y: Tensor, x: Tensor, step: StepRouting) -> None:
-        """Add the adapters' contribution for x [T, d_in] to y [T, d], in place."""
-        if step.weights is not self._weights:  # as long as the same requests go on, it is
-            self._sides = [_leaves(m, step.weights[:, m.index]) for m in self._modules]
-            self._weights = step.weights
-        for m, sides in zip(self._modules, self._sides, strict=True):
-            columns = slice(m.column, m.column + m.d_out)
-            _add_factored(y[:, columns], x, sides, step.rows, None)
+    def shrink(self, x: Tensor, step: StepRouting) -> Hidden:
+        return factored_shrink(x, self._states.values, step.places, self._sides[0])
 
-
-def _leaves(module: TaskStateModule[TaskState], weights: Tensor) -> FactoredSides:
-    sides = module.derive(weights)
-    assert isinstance(sides, FactoredSides), "leaf space: the state of a task is its leaves"
-    return sides
-
-
-def _add_factored(
-    y: Tensor, x: Tensor, sides: FactoredSides, rows: Tensor | None, weights: Tensor | None
-) -> None:
-    """Add `B A x` to y for sides of experts with `weights` [T, E], or of tasks with `rows` [T]."""
-    h = factored_shrink(x, sides.a_first, sides.a_second, sides.a_shift, rows, weights)
-    factored_expand(y, h, sides.b_first, sides.b_second, sides.b_shift, rows, weights)
+    def expand_(self, y: Tensor, hidden: Hidden, step: StepRouting) -> None:
+        sides, columns = self._sides[1], tuple(m.column for m in self._modules)
+        factored_expand(y, hidden, self._states.values, step.places, sides, columns)

@@ -1,9 +1,11 @@
 """A lower bound of a step's cost, from shapes alone: a roofline.
 
-A product takes `max(bytes / bandwidth, flops / throughput)`, and a step takes the sum over its
-products. Each product reads its weights and inputs once and writes its outputs once, in bfloat16.
-Left out are launches, norms, softmax, sampling, and the contraction with the routing weights, which
-are few. Ratios are predicted better than times.
+A product takes `max(bytes / bandwidth, flops / throughput)`, and on a GPU the launches of its
+kernels; a step takes the sum over its products. Each product reads its weights and inputs once and
+writes its outputs once, in bfloat16. Left out are norms, softmax, sampling, and the contraction
+with the routing weights, which are few. A base model's step has small kernels of these, so that on
+a GPU its time is underestimated, and the adapters' share overestimated. Ratios are predicted better
+than times.
 
 A step has T tokens of D distinct tasks; there are E experts of rank r; N is the tensor order. For
 static T-REX, r is both I and J.
@@ -26,6 +28,8 @@ FLOAT32_BYTES = 4
 """The size of a number in a router's file, and in tensorpoly-2's leaves, mixed in float32."""
 EFFICIENCY = 0.75
 """The share of a data sheet's bandwidth and dense bfloat16 throughput that good kernels reach."""
+LAUNCH_SECONDS = 1.5e-6
+"""What a GPU's kernel costs beside its work, in a CUDA graph."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +39,31 @@ class DeviceLimits:
     bandwidth: float  # bytes a second
     flops: float  # floating-point operations a second
     memory: float | None = None  # bytes
+    launch_seconds: float = 0.0  # of a kernel; nothing on a CPU, which calls functions
 
 
 def _gpu(terabytes: float, teraflops: float, gigabytes: float) -> DeviceLimits:
     """The limits of a GPU from its data sheet: TB/s, dense bfloat16 TFLOP/s, GB."""
     return DeviceLimits(
-        EFFICIENCY * terabytes * 1e12, EFFICIENCY * teraflops * 1e12, gigabytes * 1e9
+        EFFICIENCY * terabytes * 1e12,
+        EFFICIENCY * teraflops * 1e12,
+        gigabytes * 1e9,
+        LAUNCH_SECONDS,
     )
 
 
+MEASURED = {
+    # An H100 of 80 GB, torch 2.11 for CUDA 13.0: copying in memory, and a large bfloat16 product
+    "h100-measured": DeviceLimits(2.98e12, 775e12, 80e9, LAUNCH_SECONDS),
+}
+"""Limits that a card has reached, of which no share needs to be taken."""
 GPUS = {
     "h200": _gpu(4.8, 989, 141),
     "h100": _gpu(3.35, 989, 80),
     "a100-80g": _gpu(2.039, 312, 80),
     "l40s": _gpu(0.864, 362, 48),
     "a10g": _gpu(0.6, 70, 24),
+    **MEASURED,
 }
 
 
@@ -77,15 +91,18 @@ class Step:
 
 @dataclass(frozen=True)
 class Product:
-    """One kernel: its flops, twice the number of its multiplications, and the bytes it moves."""
+    """One product: its flops, twice the number of its multiplications, and the bytes it moves."""
 
     part: str
     flops: float
     bytes: float
+    launches: int = 1
+    """Kernels that a GPU launches for it; 0 where it is done in the kernel of another product."""
 
     def seconds(self, device: DeviceLimits) -> float:
-        """`max(bytes / bandwidth, flops / throughput)`."""
-        return max(self.bytes / device.bandwidth, self.flops / device.flops)
+        """`max(bytes / bandwidth, flops / throughput)`, and the launches."""
+        work = max(self.bytes / device.bandwidth, self.flops / device.flops)
+        return work + self.launches * device.launch_seconds
 
 
 @dataclass(frozen=True)
@@ -96,6 +113,7 @@ class StepCost:
     flops: float
     bytes: float
     products: int
+    launches: int
     parts: dict[str, float]  # seconds of each part
 
     @classmethod
@@ -110,6 +128,7 @@ class StepCost:
             flops=sum(product.flops for product in done),
             bytes=sum(product.bytes for product in done),
             products=len(done),
+            launches=sum(product.launches for product in done),
             parts=dict(parts),
         )
 
@@ -143,12 +162,18 @@ def base_products(model: ModelShape, step: Step) -> list[Product]:
     return [*layer * model.layers, base_projection(head, step.sequences)]
 
 
+def in_one_kernel(products: list[Product]) -> list[Product]:
+    """The same products, of which a GPU does all in the kernel of the first."""
+    return [products[0], *(replace(product, launches=0) for product in products[1:])]
+
+
 def low_rank(projection: Projection, tokens: int, width: int, copies: int) -> list[Product]:
     """`y += B (A x)` at rank `width`, with `copies` sets of weights to read.
 
     The A sides of the n layers that read x are one product: flops `2 T n width d_in`, numbers
     `copies n width d_in + T (d_in + n width)`. Each B side is a product that reads and writes y:
-    flops `2 T width d_out`, numbers `copies width d_out + T (width + 2 d_out)`.
+    flops `2 T width d_out`, numbers `copies width d_out + T (width + 2 d_out)`. On a GPU, the B
+    sides are one kernel.
     """
     d_in, all_widths = projection.d_in, len(projection.outputs) * width
     numbers = copies * all_widths * d_in + tokens * (d_in + all_widths)
@@ -161,7 +186,7 @@ def low_rank(projection: Projection, tokens: int, width: int, copies: int) -> li
         )
         for d_out in projection.outputs
     ]
-    return [side_a, *sides_b]
+    return [side_a, *in_one_kernel(sides_b)]
 
 
 def shared(projection: Projection, step: Step, size: AdapterSize) -> list[Product]:
@@ -196,11 +221,12 @@ def composed_anew(projection: Projection, step: Step, size: AdapterSize) -> list
 def trex_static(projection: Projection, step: Step, size: AdapterSize) -> list[Product]:
     """`low_rank` of width r, one set for all tasks, with each task's core between the two sides.
 
-    The core of a layer: flops `2 T r^2`, numbers `D r^2 + 2 T r`.
+    The core of a layer: flops `2 T r^2`, numbers `D r^2 + 2 T r`. A GPU's kernel of the A sides
+    does it on the way.
     """
     layers, rank = len(projection.outputs), size.rank
     numbers = layers * (step.distinct * rank**2 + 2 * step.tokens * rank)
-    core = Product("core", 2 * step.tokens * layers * rank**2, BYTES * numbers)
+    core = Product("core", 2 * step.tokens * layers * rank**2, BYTES * numbers, launches=0)
     return [*low_rank(projection, step.tokens, rank, 1), core]
 
 
@@ -210,6 +236,7 @@ def tensorpoly_2(projection: Projection, step: Step, size: AdapterSize) -> list[
     A side of dimension d is two halves of `p = q^ceil(N/2)` and `p' = q^floor(N/2)` numbers a row.
     Mixing takes flops `2 D E N r q`, reads `E N r q` numbers and writes `D r (p + p')` in float32.
     Applying a side takes flops `2 T r p (p' + 1)` and reads its halves, and x and y as `low_rank`.
+    Mixing is no launch of a step: a GPU's layers do it when the tasks change.
     """
     tokens, rank, layers = step.tokens, size.rank, len(projection.outputs)
 
@@ -230,16 +257,16 @@ def tensorpoly_2(projection: Projection, step: Step, size: AdapterSize) -> list[
     d_in = projection.d_in
     sides = [d_in] * layers + list(projection.outputs)
     mixed = size.experts * sum(leaves(side) for side in sides)
+    states = sum(state(side) for side in sides)
     activations = tokens * (d_in + layers * rank)
+    sides_b = [
+        Product("B side", apply(d_out), state(d_out) + BYTES * tokens * (rank + 2 * d_out))
+        for d_out in projection.outputs
+    ]
     return [
-        Product(
-            "mix", 2 * step.distinct * mixed, FLOAT32_BYTES * mixed + sum(state(d) for d in sides)
-        ),
+        Product("mix", 2 * step.distinct * mixed, FLOAT32_BYTES * mixed + states, launches=0),
         Product("A side", layers * apply(d_in), layers * state(d_in) + BYTES * activations),
-        *(
-            Product("B side", apply(d_out), state(d_out) + BYTES * tokens * (rank + 2 * d_out))
-            for d_out in projection.outputs
-        ),
+        *in_one_kernel(sides_b),
     ]
 
 

@@ -101,6 +101,8 @@ def _follow(events: Iterable[Event], console: Console) -> Event:
 def _line(event: Event) -> str:
     """An event in words."""
     match event:
+        case {"event": "started", "rows": rows, "device": device}:
+            return f"started: {rows} rows to fit, on {device}"
         case {"event": "progress", "step": step, "steps": steps, "loss": loss}:
             return f"step {step} of {steps}: loss {loss:.3f}"
         case {"event": "scored"}:

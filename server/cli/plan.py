@@ -1,79 +1,91 @@
-"""`polyrex plan`: the memory and speed of a deployment, predicted from shapes alone."""
+"""`polyrex plan`: memory and speed, predicted from shapes alone."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
-from cyclopts import Parameter
+from cyclopts import ArgumentCollection, Group, Parameter
 from cyclopts.types import NonNegativeInt, PositiveFloat, PositiveInt
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
-from polyrex.kernels.roofline.model_shapes import MODELS, ModelShape
+from polyrex.kernels.roofline.model_shapes import MODELS
 from polyrex.kernels.roofline.roofline import (
-    BYTES,
-    EFFICIENCY,
     GPUS,
     AdapterSize,
     DeviceLimits,
-    Footprint,
     Step,
-    StepCost,
-    StepForecast,
     footprints,
     forecast,
 )
+from polyrex.kernels.roofline.training import TrainStep
 from polyrex.server.config import VllmEngineConfig
-from polyrex.server.launch.model_shape import model_shape, unknown_name
+from polyrex.server.launch.model_shape import PlanError, model_shape, unknown_name
+
+from .plan_serving import Deployment, print_deployment
 
 CPU = "cpu"
 
 
 @dataclass(frozen=True)
-class Deployment:
-    """A deployment, and the forecast for it."""
+class TrainingOptions:
+    """What a training run is predicted for; options have the names that `polyrex train` has.
 
-    model: str
-    gpu: str
-    shape: ModelShape
-    device: DeviceLimits
-    size: AdapterSize
-    tasks: int
-    slots: int
-    footprints: dict[str, Footprint]
-    steps: dict[str, StepForecast]  # "decode", "prefill"
+    Their types are written out: importing those of the adapters takes longer than a prediction.
+    """
 
-    @property
-    def base_bytes(self) -> int:
-        return BYTES * self.shape.parameters
+    train: Annotated[bool, Parameter(negative=())] = False
+    """Predict training, on every device of a run, instead of serving."""
+    method: str = "tensorpoly-1"
+    """The adapter method."""
+    form: Literal["mix", "diagonal", "static"] = "mix"
+    """Form of trex."""
+    batch_rows: PositiveInt = 16
+    """Rows of a step, on all devices."""
+    row_tokens: PositiveInt = 128
+    """Tokens of a row, the longest of its batch, with its answer."""
+    answer_tokens: PositiveInt = 8
+    """Tokens of an answer."""
+    accumulate: PositiveInt = 1
+    """Parts that a step's rows are split into."""
+    gradient_checkpointing: bool = False
+    """Compute each layer's activations again for its gradients, instead of keeping them."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Data type that the model computes in."""
+    quantize: Literal["4bit", "8bit"] | None = None
+    """Bits of the frozen layers' weights."""
+    devices: PositiveInt = 1
+    """Devices that share a step's rows."""
 
-    @property
-    def kv_bytes(self) -> int:
-        """Of one token's keys and values."""
-        return BYTES * self.shape.kv_numbers
+    def step(self) -> TrainStep:
+        return TrainStep(
+            rows=self.batch_rows,
+            tokens=self.row_tokens,
+            answers=self.answer_tokens,
+            accumulate=self.accumulate,
+            devices=self.devices,
+            checkpointing=self.gradient_checkpointing,
+        )
 
-    def kv_tokens(self, footprint: Footprint) -> int | None:
-        """Tokens whose keys and values fit beside all slots; None where the memory is unknown.
 
-        Negative where the rest alone is too large.
-        """
-        if self.device.memory is None:
-            return None
-        taken = self.base_bytes + footprint.experts + self.slots * footprint.slot
-        return int((self.device.memory - taken) // self.kv_bytes)
+def _of_one_kind(arguments: ArgumentCollection) -> None:
+    """Refuse options that `--train`, or its absence, leaves without a meaning: PlanError."""
+    given = [argument for argument in arguments if argument.tokens]
+    trains = any(argument.name == "--train" for argument in given)
+    for argument in given:
+        groups = argument.parameter.group
+        assert isinstance(groups, tuple)
+        if not trains and TRAINING in groups:
+            raise PlanError(f"{argument.name} needs --train")
+        if trains and SERVING in groups:
+            raise PlanError(f"{argument.name} is of a deployment, which --train is not")
 
-    def document(self) -> dict[str, Any]:
-        """All of it, for JSON; bytes, seconds, operations."""
-        return {
-            **asdict(self),
-            "parameters": self.shape.parameters,
-            "base_bytes": self.base_bytes,
-            "kv_bytes_per_token": self.kv_bytes,
-            "kv_tokens": {name: self.kv_tokens(each) for name, each in self.footprints.items()},
-        }
+
+SERVING = Group("Deployment", sort_key=1)
+TRAINING = Group("Training", sort_key=2)
+EITHER = Group("Either", show=False, validator=_of_one_kind)
+NO_TRAINING = TrainingOptions()
 
 
 def plan(
@@ -87,27 +99,41 @@ def plan(
     rank: Annotated[PositiveInt, Parameter(help="LoRA rank r; I and J of static trex.")] = 16,
     order: Annotated[PositiveInt, Parameter(help="Tensor order N.")] = 2,
     slots: Annotated[
-        PositiveInt, Parameter(help="Rows of the routing table on the device.")
+        PositiveInt,
+        Parameter(help="Rows of the routing table on the device.", group=(SERVING, EITHER)),
     ] = VllmEngineConfig.slots,
-    batch: Annotated[PositiveInt, Parameter(help="Requests that decode together.")] = 32,
+    batch: Annotated[
+        PositiveInt, Parameter(help="Requests that decode together.", group=(SERVING, EITHER))
+    ] = 32,
     distinct: Annotated[
         PositiveInt | None,
         Parameter(help="Distinct tasks of a step; one for each request if not given."),
     ] = None,
     context: Annotated[
-        NonNegativeInt, Parameter(help="Cached tokens of a decoding request.")
+        NonNegativeInt,
+        Parameter(help="Cached tokens of a decoding request.", group=(SERVING, EITHER)),
     ] = 512,
     reuse: Annotated[
-        PositiveInt, Parameter(help="Decode steps that composed weights serve if not kept.")
+        PositiveInt,
+        Parameter(
+            help="Decode steps that composed weights serve if not kept.", group=(SERVING, EITHER)
+        ),
     ] = Step.reuse,
-    prompts: Annotated[PositiveInt, Parameter(help="Prompts of a prefill step.")] = 4,
-    prompt_tokens: Annotated[PositiveInt, Parameter(help="Tokens of a prompt.")] = 512,
+    prompts: Annotated[
+        PositiveInt, Parameter(help="Prompts of a prefill step.", group=(SERVING, EITHER))
+    ] = 4,
+    prompt_tokens: Annotated[
+        PositiveInt, Parameter(help="Tokens of a prompt.", group=(SERVING, EITHER))
+    ] = 512,
     bandwidth_gbs: Annotated[
         PositiveFloat | None, Parameter(help="GB/s that the device reaches.")
     ] = None,
     tflops: Annotated[
         PositiveFloat | None, Parameter(help="bfloat16 TFLOP/s that the device reaches.")
     ] = None,
+    training: Annotated[
+        TrainingOptions, Parameter(name="*", group=(TRAINING, EITHER))
+    ] = NO_TRAINING,
     as_json: Annotated[
         bool, Parameter(name="--json", help="Print one JSON document.", negative=())
     ] = False,
@@ -115,13 +141,23 @@ def plan(
     """Predict memory, the cost of a step on every path, and where the shared path begins to pay.
 
     A roofline: lower bounds from bytes and operations, in bfloat16, with adapters on every
-    projection. Launches and small operations are not in it.
+    projection. Small operations are not in it. With --train, the memory of a training run.
     """
     gpu = gpu.lower()
     shape = model_shape(model)
     device = device_limits(gpu, bandwidth_gbs, tflops)
     size = AdapterSize(experts, rank, order)
     most = min(tasks, distinct or tasks)
+    if training.train:
+        from .plan_training import print_training, sized, training_plan  # imports PyTorch
+
+        run = training_plan(
+            model, gpu, shape=shape, device=device, step=training.step(), tasks=tasks,
+            spec=sized(training.method, training.form, size), distinct=most, dtype=training.dtype,
+            quantize=training.quantize,
+        )  # fmt: skip
+        _show(run.document(), lambda: print_training(run), as_json=as_json)
+        return
     steps = {
         "decode": Step(batch, min(batch, most), batch, context, reuse),
         "prefill": Step(prompts * prompt_tokens, min(prompts, most), prompts),
@@ -130,10 +166,14 @@ def plan(
         model, gpu, shape, device, size, tasks, min(slots, tasks), footprints(shape, size),
         {name: forecast(shape, step, size, device) for name, step in steps.items()},
     )  # fmt: skip
+    _show(deployment.document(), lambda: print_deployment(deployment), as_json=as_json)
+
+
+def _show(document: dict[str, Any], tables: Callable[[], None], *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(deployment.document(), indent=2))
+        print(json.dumps(document, indent=2))
     else:
-        _print(deployment)
+        tables()
 
 
 def device_limits(name: str, bandwidth_gbs: float | None, tflops: float | None) -> DeviceLimits:
@@ -155,103 +195,3 @@ def device_limits(name: str, bandwidth_gbs: float | None, tflops: float | None) 
     from polyrex.kernels.roofline.device_limits import measure_device
 
     return replace(measure_device(), **given)
-
-
-def _print(deployment: Deployment) -> None:
-    console = Console(width=100, highlight=False)
-    size, device = deployment.size, deployment.device
-    memory = "" if device.memory is None else f", {_bytes(device.memory)}"
-    console.print(
-        f"{deployment.model}: {_amount(deployment.shape.parameters)} parameters,"
-        f" {_bytes(deployment.base_bytes)}; KV cache {_bytes(deployment.kv_bytes)} a token\n"
-        f"{deployment.gpu}: {_bytes(device.bandwidth)}/s, {_amount(device.flops)}FLOP/s{memory}"
-        f" ({_source(deployment)})\n"
-        f"adapters: E = {size.experts}, r = {size.rank}, N = {size.order},"
-        f" on {len(deployment.shape.modules)} modules\n"
-    )
-    console.print(_memory_table(deployment))
-    for name, each in deployment.steps.items():
-        step = each.step
-        console.print(
-            f"\n{name}: tokens {step.tokens:,}, requests {step.sequences},"
-            f" distinct tasks {step.distinct}, cached tokens of a request {step.context:,}"
-        )
-        console.print(_step_table(each))
-        console.print(_break_even(each))
-
-
-def _source(deployment: Deployment) -> str:
-    if deployment.device == GPUS.get(deployment.gpu):
-        return f"{EFFICIENCY} of the data sheet's speeds"
-    return "speeds as measured or given"
-
-
-def _table(first: str, *columns: str) -> Table:
-    table = Table(first, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
-def _memory_table(deployment: Deployment) -> Table:
-    slots, tasks = deployment.slots, deployment.tasks
-    table = _table(
-        "memory", "experts", "a slot", f"{slots:,} slots", "KV tokens left", "a task stored",
-        f"{tasks:,} tasks",
-    )  # fmt: skip
-    for name, each in deployment.footprints.items():
-        left = deployment.kv_tokens(each)
-        table.add_row(
-            name,
-            _bytes(each.experts),
-            _bytes(each.slot),
-            _bytes(slots * each.slot),
-            "?" if left is None else "too large" if left < 0 else f"{left:,}",
-            _bytes(each.stored),
-            _bytes(tasks * each.stored),
-        )
-    return table
-
-
-def _step_table(forecast: StepForecast) -> Table:
-    table = _table(
-        "path", "ms", "of base", "A side", "B side", "per task", "GB", "TFLOP", "products"
-    )
-    base = forecast.base
-    table.add_row("base alone", *_row(base, "", "", "", ""))
-    for path, cost in forecast.paths.items():
-        sides = cost.parts["A side"], cost.parts["B side"]
-        own = sum(cost.parts.values(), -sum(sides)) if len(cost.parts) > 2 else 0.0
-        shares = (cost.seconds, *sides, own)
-        table.add_row(path, *_row(cost, *(f"{share / base.seconds:.1%}" for share in shares)))
-    return table
-
-
-def _row(cost: StepCost, *shares: str) -> tuple[str, ...]:
-    sizes = _digits(cost.bytes / 1e9), _digits(cost.flops / 1e12), str(cost.products)
-    return _digits(1e3 * cost.seconds), *shares, *sizes
-
-
-def _break_even(forecast: StepForecast) -> str:
-    kept, not_kept = (
-        "never" if tasks is None else f"from {tasks} distinct tasks on"
-        for tasks in (forecast.break_even_kept, forecast.break_even_not_kept)
-    )
-    return f"shared is faster than composed {kept}; if not kept, {not_kept}"
-
-
-def _bytes(number: float) -> str:
-    return f"{_amount(number)}B"
-
-
-def _amount(number: float) -> str:
-    """Three digits and a unit: 83886080 -> 83.9 M."""
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= 0.9995 * size:
-            return f"{_digits(number / size)} {unit}"
-    return f"{_digits(number)} "
-
-
-def _digits(number: float) -> str:
-    """Three digits, or all before the point where there are more."""
-    return f"{number:,.0f}" if number >= 999.5 else f"{number:.3g}"

@@ -17,7 +17,7 @@ from polyrex.adapters.model.base_model import DEFAULT_BASE, torch_dtype
 from polyrex.kernels.cpu.build import cache_folder
 from polyrex.kernels.roofline.model_shapes import ModelShape
 from polyrex.server.config import EngineName, Launch
-from polyrex.server.engines.vllm.version import SUPPORTED_VERSIONS, check_version
+from polyrex.server.engines.vllm.version import SUPPORTED, check_build
 from polyrex.server.errors import StartError
 from polyrex.server.launch.loading import shipped_inventory
 from polyrex.server.launch.model_shape import PlanError, model_shape
@@ -51,9 +51,9 @@ def vllm(launch: Launch) -> Finding:
     """The version of vLLM, which the vllm engine needs."""
     needed = launch.engine is EngineName.vllm
     try:
-        found = check_version()
+        found = str(check_build(launch.device if needed else "auto"))
     except StartError as error:
-        advice = f"install vLLM {' or '.join(SUPPORTED_VERSIONS)} for --engine vllm"
+        advice = f"install vLLM {SUPPORTED} for --engine vllm"
         if needed:
             return Finding("vLLM", Status.missing, str(error), "--engine vllm cannot start", advice)
         return Finding("vLLM", Status.note, str(error), "not needed by --engine embedded", advice)

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from polyrex.kernels.cpu.build import why_not_compiled
-from polyrex.server.config import Device, Launch
+from polyrex.server.config import Device, EngineName, Launch
+from polyrex.server.engines.vllm.version import find_build
 
 from .finding import Finding, Status
 
@@ -21,9 +22,11 @@ _FEATURES = {"AMX": "amx_bf16", "AVX-512": "avx512f", "AVX2": "avx2"}
 
 def runs_on(launch: Launch) -> torch.device:
     """The device that the engine will run on."""
-    if launch.device is Device.auto:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(launch.device)
+    if launch.device is not Device.auto:
+        return torch.device(launch.device)
+    if launch.engine is EngineName.vllm and (build := find_build()):
+        return torch.device(build.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def compiler(launch: Launch) -> Finding:

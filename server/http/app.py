@@ -53,7 +53,7 @@ def create_app(
         metrics=Metrics(engine, registry, gate),
         gate=gate,
         readiness=Readiness(),
-        fitter=Fitter(config.model, registry),
+        fitter=Fitter(config.model, registry, config.fit_device),
     )
     app = FastAPI(
         title="polyrex", version=version("polyrex"), lifespan=_lifespan, redirect_slashes=False

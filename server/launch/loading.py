@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from fastapi import FastAPI
 from transformers.utils.logging import disable_progress_bar
 
@@ -15,9 +14,11 @@ from polyrex.adapters.files.examples import Example, read_examples
 from polyrex.adapters.files.inventory import Inventory, load_experts
 from polyrex.adapters.files.registry import TaskRegistry
 from polyrex.adapters.model.base_model import load_base, load_tokenizer, resolve_base, torch_dtype
-from polyrex.server.config import Device, EngineName, Launch
+from polyrex.adapters.model.devices import pick_device
+from polyrex.server.config import Device, EngineName, Launch, ServerConfig
 from polyrex.server.engines.base import Engine
 from polyrex.server.engines.threads import in_passing_thread
+from polyrex.server.engines.vllm.version import check_build
 from polyrex.server.errors import StartError
 from polyrex.server.http.app import create_app
 from polyrex.server.requests.prompt_routing import prompt_intuition
@@ -36,6 +37,7 @@ class Loaded:
 
 def load(launch: Launch, progress: Progress) -> Loaded:
     """Load everything that serving needs; raises PolyrexError where the parts do not fit."""
+    pick_device(launch.device)  # first: it may not be there
     disable_progress_bar()  # type: ignore[no-untyped-call]  # our own progress says as much
     name = launch.server.model
     path = launch.inventory or shipped_inventory(name)
@@ -53,8 +55,15 @@ def load(launch: Launch, progress: Progress) -> Loaded:
     rejected = len(registry.rejected)
     progress.say(f"{len(registry)} tasks" + (f", {rejected} files rejected" if rejected else ""))
     intuition = prompt_intuition(inventory)
-    app = create_app(launch.server, engine, registry, tokenizer, intuition)
+    app = create_app(server_settings(launch), engine, registry, tokenizer, intuition)
     return Loaded(app, registry, examples)
+
+
+def server_settings(launch: Launch) -> ServerConfig:
+    """The server's settings; where the engine must stay off the cards, fits do as well."""
+    if launch.device is Device.cpu and launch.server.fit_device is Device.auto:
+        return replace(launch.server, fit_device=Device.cpu)
+    return launch.server
 
 
 def _examples(inventory: Inventory, progress: Progress) -> tuple[Example, ...]:
@@ -70,14 +79,16 @@ def _embedded(launch: Launch, base: str, inventory: Inventory) -> Engine:
     from polyrex.server.engines.embedded.engine import EmbeddedEngine
 
     def make() -> Engine:
-        model = load_base(base, torch_dtype(launch.dtype), _device(launch.device))
+        model = load_base(base, torch_dtype(launch.dtype), pick_device(launch.device))
         adapted = load_experts(inventory, model)
-        return EmbeddedEngine(adapted, inventory, launch.embedded)
+        graphs = launch.gpu_graphs
+        return EmbeddedEngine(adapted, inventory, launch.embedded, gpu_graphs=graphs)
 
     return in_passing_thread(make)
 
 
 def _vllm(launch: Launch, base: str, inventory: Inventory) -> Engine:
+    pick_device(check_build(launch.device).device)
     try:
         # imported here because vLLM is optional
         from polyrex.server.engines.vllm.engine import VllmEngine
@@ -85,16 +96,10 @@ def _vllm(launch: Launch, base: str, inventory: Inventory) -> Engine:
         raise StartError(
             f"the vllm engine needs vLLM, which cannot be imported: {error}"
         ) from error
-    return VllmEngine(base, inventory, launch.vllm, launch.dtype)
+    return VllmEngine(base, inventory, launch.vllm, launch.dtype, gpu_graphs=launch.gpu_graphs)
 
 
 _ENGINES = {EngineName.embedded: _embedded, EngineName.vllm: _vllm}
-
-
-def _device(device: Device) -> str:
-    if device is Device.auto:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
 
 
 def shipped_inventory(base: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import ipaddress
 import signal
 import socket
@@ -94,6 +95,10 @@ async def _run(
     async def watch_start() -> None:
         await readiness.settled.wait()
         if readiness.failure is None:
+            # What is there now stays: Python's collector need not walk through it again and again,
+            # for which requests would wait.
+            gc.collect()
+            gc.freeze()
             ready()
         else:
             server.should_exit = True

@@ -32,8 +32,10 @@ COMMAND = (sys.executable, "-P", "-m", "polyrex.training.fit_worker")
 class Fitter:
     """Fits one task at a time, and registers it if it beats the base model."""
 
-    def __init__(self, base: str, registry: TaskRegistry) -> None:
+    def __init__(self, base: str, registry: TaskRegistry, device: str) -> None:
+        """On a card, a fit takes no memory that the engine may need: the worker sees to that."""
         self._base = base
+        self._device = device
         self._registry = registry
         self._busy = False
 
@@ -93,6 +95,7 @@ class Fitter:
             "instruction": body.instruction,
             "rows": [row.to_json() for row in body.rows],
             "out": str(out),
+            "device": self._device,
         }
         async with _process() as process:
             assert process.stdin is not None

@@ -21,7 +21,7 @@ import torch
 
 from polyrex.adapters.model.attach import attach, find_targets
 from polyrex.adapters.model.base_model import DEFAULT_BASE, load_base, load_tokenizer, resolve_base
-from polyrex.training.data.batches import IGNORED, Example, encode_rows
+from polyrex.training.data.batches import Example, encode_rows
 from polyrex.training.data.tasks import load_tasks
 from polyrex.training.loop.run import LoopConfig, StepRecord, run
 from polyrex.training.model.loading import use_eager_attention
@@ -33,6 +33,7 @@ from .harness import Turns, command_line, report
 SPEC = OTHERS["poly"]
 BATCH_ROWS = 16
 WARM_UP = 3  # steps that are not timed
+IGNORED = -100  # a label that is not trained on
 
 
 def sample(data: Path, rows: int) -> tuple[list[Example], int]:

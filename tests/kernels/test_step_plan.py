@@ -74,6 +74,14 @@ def test_task_states_name_every_task_once() -> None:
     assert len({place.number for _, place in more.places}) == 5
 
 
+def test_a_step_never_takes_the_place_of_one_of_its_own_tasks() -> None:
+    planner = TaskStates(Places(2))
+    first = dict(plan(planner, [5, 6]).places)
+    both = plan(planner, [6, 7])
+    assert dict(both.places)[0] == first[1]  # that of slot 6, derived already
+    assert plan(planner, [5, 6]).places[1][1] == first[1]
+
+
 def test_a_change_is_logged_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
     planner = SharedOrComposed(Places(4), EXPERTS)
     table = RoutingTable(4, 1, EXPERTS, torch.device("cpu"), planner=planner)

@@ -16,6 +16,7 @@ from polyrex.adapters.model.attach import AdaptedModel, attach, find_targets
 from polyrex.adapters.model.base_model import load_base
 from polyrex.adapters.model.intuition import Intuition
 from polyrex.adapters.spec import AdapterSpec
+from support.small_model import random_llama
 
 MakeRouter = Callable[..., bytes]
 """`make_router(seed)`: the bytes of a random router's file."""
@@ -36,6 +37,15 @@ def make_inventory(
     _open_adapters(adapted, spread)
     write_inventory(path, adapted, dtype=dtype)
     return read_inventory(path)
+
+
+def random_adapted(spec: AdapterSpec, device: torch.device) -> AdaptedModel:
+    """A random Llama with random experts that contribute, the same on every device."""
+    model = random_llama()
+    adapted = attach(model, spec, find_targets(model))
+    _open_adapters(adapted, 0.3)
+    model.to(device)
+    return adapted
 
 
 def _open_adapters(adapted: AdaptedModel, spread: float) -> None:

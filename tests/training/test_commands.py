@@ -139,3 +139,40 @@ def test_bad_input_is_a_message_and_exit_code_2(rows_folder: Path, tmp_path: Pat
     result = polyrex("train", "--data", rows_folder, "--out", tmp_path, "--method", "tensor-poly-1")
     assert result.exit_code == 2
     assert "did you mean tensorpoly-1" in result.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a card")
+@pytest.mark.parametrize("command", ["train", "adapt", "evaluate", "compress"])
+def test_card_that_is_not_there_is_one_line(
+    run_folder: Path, rows_folder: Path, tmp_path: Path, command: str
+) -> None:
+    data, inventory = ("--data", rows_folder), run_folder / "inventory.safetensors"
+    arguments: dict[str, tuple[object, ...]] = {
+        "train": data,
+        "adapt": (*data, "--task", "other_colour", "--inventory", inventory),
+        "evaluate": (*data, "--inventory", inventory),
+        "compress": (tmp_path, "--rank", 2),
+    }
+    out = tmp_path / "out"
+    done = polyrex(command, *arguments[command], "--out", out, "--device", "cuda")
+    assert done.exit_code == 2
+    assert done.output.startswith(f"polyrex {command}: device cuda: expected CUDA device 0, but ")
+    assert done.output.count("\n") == 1
+    assert not out.exists()
+
+
+def test_gradient_checkpointing_trains_the_same(
+    run_folder: Path, tiny_base: Path, rows_folder: Path, tmp_path: Path
+) -> None:
+    done = polyrex(
+        *("train", "--data", rows_folder, "--out", tmp_path, "--base", tiny_base),
+        *("--rank", 3, "--experts", 4, "--steps", 6, "--batch-rows", 4, "--gate-rate", 0.05),
+        *("--gradient-checkpointing", "--device", "cpu"),
+    )
+    assert done.exit_code == 0, done.output
+    found, expected = (
+        json.loads((folder / "record.json").read_text()) for folder in (tmp_path, run_folder)
+    )
+    assert found["config"]["gradient_checkpointing"]
+    losses = [[loss for _, loss, _ in record["curve"]] for record in (found, expected)]
+    assert losses[0] == losses[1]

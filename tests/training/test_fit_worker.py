@@ -46,6 +46,7 @@ def job(inventory: Inventory, base: Path, out: Path, **changes: Any) -> dict[str
         "rows": ROWS,
         "out": str(out),
         "dtype": "float32",
+        "device": "cpu",
     }
     return values | changes
 
@@ -65,7 +66,7 @@ def test_worker_tells_every_step_and_writes_the_router(
         *["progress"] * LOOP.steps,
         "scored",
     ]
-    assert events[0] | {"rows": 9, "held_out": 3} == events[0]
+    assert events[0] | {"rows": 9, "held_out": 3, "device": "cpu"} == events[0]
     assert [event["step"] for event in events[1:-1]] == list(range(1, LOOP.steps + 1))
     router = read_router((tmp_path / "router.safetensors").read_bytes(), "router", inventory)
     assert router.metadata.task == "colours"

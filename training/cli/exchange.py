@@ -16,7 +16,7 @@ from polyrex.adapters.peft.lora_checkpoint import export_lora
 from polyrex.training.exchange.lora_folder import compress_loras, describe
 from polyrex.training.exchange.poly import import_poly_checkpoint
 
-from .train import Base, Inventory, log_to_terminal
+from .train import Base, Device, Dtype, Inventory, log_to_terminal
 
 Out = Annotated[Path, Parameter(help="Folder for the result.")]
 
@@ -60,7 +60,10 @@ def compress(
         NonNegativeFloat | None,
         Parameter(help="Instead of a rank: the largest relative error of any task."),
     ] = None,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
 ) -> None:
     """Compress many LoRAs to shared bases and a small core for each task, ready to be served."""
     log_to_terminal()
-    print(describe(compress_loras(loras, out, base, rank=rank, error=error)))
+    report = compress_loras(loras, out, base, rank=rank, error=error, dtype=dtype, device=device)
+    print(describe(report))

@@ -6,13 +6,13 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from polyrex.adapters.methods.protocol import LearningRates
 from polyrex.adapters.methods.registry import method_class
-from polyrex.adapters.model.base_model import DEFAULT_BASE
+from polyrex.adapters.model.base_model import DEFAULT_BASE, Quantisation
 from polyrex.adapters.spec import AdapterSpec
 from polyrex.training.adapt import ADAPTATION, AdaptConfig
 from polyrex.training.adapt import adapt as run_adaptation
@@ -26,6 +26,12 @@ from .options import ADAPTER, LOOP, RATE_FLAGS, RATES, options, reads
 
 Base = Annotated[str, Parameter(help="A base model: a name, or its folder.")]
 Inventory = Annotated[Path, Parameter(help="An inventory's file; its routers lie beside it.")]
+Dtype = Annotated[
+    Literal["bfloat16", "float32"], Parameter(help="Data type that the model computes in.")
+]
+Device = Annotated[
+    str, Parameter(help="cpu, cuda, cuda:N, or auto, which is CUDA where there is one.")
+]
 
 _METHOD = "tensorpoly-1"
 _EXPERTS = 8
@@ -97,10 +103,28 @@ def evaluate(
     ] = None,
     split: Annotated[Split, Parameter(help="Which rows.")] = "test",
     base: Base = DEFAULT_BASE,
+    dtype: Dtype = "bfloat16",
+    device: Device = "auto",
+    quantize: Annotated[
+        Quantisation | None,
+        Parameter(
+            help="Bits of the frozen layers' weights: 8bit needs torchao, 4bit bitsandbytes."
+        ),
+    ] = None,
 ) -> None:
     """Score tasks by the base model alone and under the routers that lie beside an inventory."""
     log_to_terminal()
-    reports = evaluate_tasks(data, inventory, out, base=base, tasks=task, split=split)
+    reports = evaluate_tasks(
+        data,
+        inventory,
+        out,
+        base=base,
+        tasks=task,
+        split=split,
+        dtype=dtype,
+        device=device,
+        quantize=quantize,
+    )
     print(table(reports))
     print(json.dumps(summary(reports)))
 

@@ -7,21 +7,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from polyrex.adapters.errors import DataError
+from polyrex.adapters.model.devices import send
 from polyrex.adapters.rows import Row
 
 from .questions import padded
 from .tasks import prompt_of
 
 logger = logging.getLogger(__name__)
-
-IGNORED = -100
-"""The target at positions that are not trained on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,16 +41,31 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows, with the targets at the model's T output positions."""
+    """B rows, and the n positions in them at which a token of an answer is predicted.
+
+    What depends on values, such as which tasks occur, is worked out here on the host: a card could
+    not do it without the host waiting for the result.
+    """
 
     inputs: dict[str, Tensor]  # the model's arguments, [B, ...] each
-    targets: Tensor  # [B, T] int64: the token to predict at each position, or IGNORED
-    tasks: Tensor  # [B] int64
-    weights: (
-        Tensor  # [B, T] float32: 1 / (answer length * rows of the step), so that rows are equal
-    )
-    real_tokens: int  # without the padding
+    positions: Tensor  # [n] int64, among the B * T positions of the model's output, row by row
+    targets: Tensor  # [n] int64: the token to predict at each
+    weights: Tensor  # [n] float32: 1 / (answer length * rows of the step), so that rows are equal
+    tasks: Tensor  # [D] int64: the distinct tasks
+    rows: Tensor  # [B] int64: the number of each row's task among the D
     intuition: Tensor | None = None  # [B, K], if rows are routed by their own prompts
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        return Batch(
+            {name: send(each, device) for name, each in self.inputs.items()},
+            positions=send(self.positions, device),
+            targets=send(self.targets, device),
+            weights=send(self.weights, device),
+            tasks=send(self.tasks, device),
+            rows=send(self.rows, device),
+            intuition=None if self.intuition is None else send(self.intuition, device),
+        )
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
@@ -99,20 +111,14 @@ def collate(examples: Sequence[Example], pad: int, *, rows: int = 0) -> Batch:
     `rows` is the number of rows in the step, if these examples are only a part of it.
     """
     width = max(map(len, examples))
-    tokens = torch.full((len(examples), width), pad)
-    targets = torch.full((len(examples), width), IGNORED)
-    weights = torch.zeros(len(examples), width)
-    for row, example in enumerate(examples):
-        # Position t predicts the token at t + 1.
-        start, stop = len(example.prompt) - 1, len(example) - 1
-        tokens[row, : stop + 1] = torch.tensor(example.prompt + example.answer)
-        targets[row, start:stop] = torch.tensor(example.answer)
-        weights[row, start:stop] = 1 / (len(example.answer) * (rows or len(examples)))
+    # Position t predicts the token at t + 1.
+    starts = [width * row + len(each.prompt) - 1 for row, each in enumerate(examples)]
     if examples[0].hidden is None:
-        inputs = {"input_ids": tokens}
+        tokens = [torch.tensor(each.prompt + each.answer) for each in examples]
+        inputs = {"input_ids": pad_sequence(tokens, batch_first=True, padding_value=pad)}
     else:
         inputs = {"inputs_embeds": padded([example.hidden for example in examples])}
-    return _batch(examples, inputs, targets, weights)
+    return _batch(examples, inputs, starts, rows)
 
 
 def collate_pairs(examples: Sequence[Example], pad: int, start: int, *, rows: int = 0) -> Batch:
@@ -121,28 +127,39 @@ def collate_pairs(examples: Sequence[Example], pad: int, start: int, *, rows: in
     `start` is the decoder's start token; `rows` as in `collate`.
     """
     prompts = [torch.tensor(example.prompt) for example in examples]
-    answers = [torch.tensor(example.answer) for example in examples]
+    previous = [torch.tensor((start, *example.answer[:-1])) for example in examples]
     tokens = pad_sequence(prompts, batch_first=True, padding_value=pad)
-    targets = pad_sequence(answers, batch_first=True, padding_value=IGNORED)
-    previous = F.pad(targets[:, :-1], (1, 0), value=start)
+    answers = pad_sequence(previous, batch_first=True, padding_value=pad)
     lengths = torch.tensor([len(prompt) for prompt in prompts]).unsqueeze(1)
     inputs = {
         "input_ids": tokens,
         "attention_mask": (torch.arange(tokens.shape[1]) < lengths).long(),
-        "decoder_input_ids": previous.masked_fill(previous == IGNORED, pad),
+        "decoder_input_ids": answers,
     }
-    counts = torch.tensor([len(answer) for answer in answers]).unsqueeze(1)
-    weights = (targets != IGNORED) / (counts * (rows or len(examples)))
-    return _batch(examples, inputs, targets, weights)
+    starts = [answers.shape[1] * row for row in range(len(examples))]
+    return _batch(examples, inputs, starts, rows)
 
 
 def _batch(
-    examples: Sequence[Example], inputs: dict[str, Tensor], targets: Tensor, weights: Tensor
+    examples: Sequence[Example], inputs: dict[str, Tensor], starts: Sequence[int], rows: int
 ) -> Batch:
-    tasks = torch.tensor([example.task for example in examples])
+    """`starts` are the positions that predict the first token of each answer."""
+    answers = [example.answer for example in examples]
+    spans = [range(n, n + len(each)) for n, each in zip(starts, answers, strict=True)]
+    weights = [
+        torch.full((len(each),), 1 / (len(each) * (rows or len(answers)))) for each in answers
+    ]
+    tasks = sorted({example.task for example in examples})
     own = [example.intuition for example in examples if example.intuition is not None]
-    intuition = torch.stack(own) if own else None
-    return Batch(inputs, targets, tasks, weights, sum(map(len, examples)), intuition)
+    return Batch(
+        inputs,
+        positions=torch.tensor([position for span in spans for position in span]),
+        targets=torch.tensor([token for answer in answers for token in answer]),
+        weights=torch.cat(weights),
+        tasks=torch.tensor(tasks),
+        rows=torch.tensor([tasks.index(example.task) for example in examples]),
+        intuition=torch.stack(own) if own else None,
+    )
 
 
 def batch_indices(lengths: Sequence[int], size: int, *, seed: int, epoch: int) -> list[list[int]]:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polyrex.adapters.model.devices import send
+
 
 @dataclass(frozen=True, eq=False)
 class Question:
@@ -77,12 +79,15 @@ def last_hidden(base: nn.Module, questions: Sequence[Question]) -> Tensor:
     Questions that have hidden states start from these.
     """
     model: Any = base
-    out: Tensor = model.base_model(**model_inputs(questions, model.dtype)).last_hidden_state
+    inputs = model_inputs(questions, model.dtype, model.device)
+    out: Tensor = model.base_model(**inputs).last_hidden_state
     return out
 
 
-def model_inputs(questions: Sequence[Question], dtype: torch.dtype) -> dict[str, Any]:
-    """The arguments of a Hugging Face decoder for a batch of questions."""
+def model_inputs(
+    questions: Sequence[Question], dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """The arguments of a Hugging Face decoder on a device, for a batch of questions."""
     width = max(map(len, questions))
     positions = torch.zeros(len(questions), width, dtype=torch.int64)
     tokens, branch = positions.clone(), positions - 1
@@ -92,13 +97,14 @@ def model_inputs(questions: Sequence[Question], dtype: torch.dtype) -> dict[str,
         positions[row, :count] = torch.tensor(question.positions)
         branch[row, :count] = torch.tensor(question.branch)
     inputs = {
-        "position_ids": positions,
-        "attention_mask": branch_mask(branch, dtype),
+        "position_ids": send(positions, device),
+        "attention_mask": branch_mask(send(branch, device), dtype),
         "use_cache": False,
     }
     if questions[0].hidden is None:
-        return {"input_ids": tokens, **inputs}
-    return {"inputs_embeds": padded([question.hidden for question in questions]), **inputs}
+        return {"input_ids": send(tokens, device), **inputs}
+    hidden = padded([question.hidden for question in questions])
+    return {"inputs_embeds": send(hidden, device), **inputs}
 
 
 def padded(hidden: Sequence[Tensor | None]) -> Tensor:

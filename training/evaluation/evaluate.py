@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from polyrex.adapters.model.attach import AdaptedModel
+from polyrex.adapters.model.devices import send
 from polyrex.adapters.rows import Row
 from polyrex.kernels.routing import StepRouting
 from polyrex.training.data.batches import by_length, encode_answer
@@ -78,21 +79,24 @@ def option_scores(
     base: Any = adapted.model
     with _routed_by_intuition(adapted, questions):
         hidden = last_hidden(base, questions)
-    rows = [row for row, question in enumerate(questions) for _ in question.sources]
-    sources = [source for question in questions for source in question.sources]
-    wanted = torch.tensor([t for q in questions for option in q.options for t in option])
+    width = hidden.shape[1]
+    found = torch.tensor([width * row + n for row, q in enumerate(questions) for n in q.sources])
+    options = [option for question in questions for option in question.options]
+    wanted = send(torch.tensor([token for option in options for token in option]), adapted.device)
     # A prompt's last token predicts the first token of every option; its logits are computed once.
-    distinct, which = torch.unique(torch.tensor([rows, sources]), dim=1, return_inverse=True)
-    logits = base.get_output_embeddings()(hidden[distinct[0], distinct[1]]).float()
+    once = torch.unique(found, return_inverse=True)
+    distinct, which = (send(each, adapted.device) for each in once)
+    chosen = hidden.flatten(0, 1).index_select(0, distinct)
+    logits = base.get_output_embeddings()(chosen).float()
     picked = logits[which, wanted] - logits.logsumexp(-1)[which]
     best = logits.argmax(-1)[which]
-    ends = torch.tensor(list(stops))
+    ends = torch.tensor(list(stops), device=adapted.device)
     greedy = (best == wanted) | (torch.isin(best, ends) & torch.isin(wanted, ends))
-    lengths = [len(option) for question in questions for option in question.options]
+    lengths = [len(option) for option in options]
     scores = iter(
         OptionScore(logprobs.mean().item(), bool(right.all()))
         for logprobs, right in zip(
-            torch.split(picked, lengths), torch.split(greedy, lengths), strict=True
+            torch.split(picked.cpu(), lengths), torch.split(greedy.cpu(), lengths), strict=True
         )
     )
     return [[next(scores) for _ in question.options] for question in questions]
@@ -108,8 +112,9 @@ def _routed_by_intuition(adapted: AdaptedModel, questions: Sequence[Question]) -
     if not own:
         yield
         return
-    weights = adapted.route(torch.stack(own).unsqueeze(1))
-    adapted.add_by_step(StepRouting(weights, torch.arange(len(own)), adapted.dtype))
+    weights = adapted.route(send(torch.stack(own), adapted.device).unsqueeze(1))
+    rows = torch.arange(len(own), device=adapted.device)
+    adapted.add_by_step(StepRouting(weights, rows, adapted.dtype))
     try:
         yield
     finally:
@@ -179,8 +184,8 @@ def greedy_texts(
     )
     try:
         out = base.generate(
-            input_ids=tokens,
-            attention_mask=mask,
+            input_ids=send(tokens, adapted.device),
+            attention_mask=send(mask, adapted.device),
             max_new_tokens=max_tokens,
             do_sample=False,
             eos_token_id=[tokenizer.eos_token_id, newline],

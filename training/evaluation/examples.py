@@ -3,7 +3,8 @@
     python -m polyrex.training.evaluation.examples --inventory FILE --data FOLDER --out FILE
 
 An example is a test row that the task's router answers correctly and the base model does not.
-Decoding is greedy, in float32, as the server does it for a request with temperature 0.
+Decoding is greedy, in float32 unless told otherwise, as the server does it for a request with
+temperature 0.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ from polyrex.adapters.files.examples import MAX_TOKENS, Example, write_examples
 from polyrex.adapters.files.inventory import load_experts
 from polyrex.adapters.files.router import Router
 from polyrex.adapters.model.attach import AdaptedModel
-from polyrex.adapters.model.base_model import DEFAULT_BASE, load_base, load_tokenizer, resolve_base
+from polyrex.adapters.model.base_model import (
+    DEFAULT_BASE,
+    load_base,
+    load_tokenizer,
+    resolve_base,
+    torch_dtype,
+)
+from polyrex.adapters.model.devices import pick_device
 from polyrex.training.data.tasks import Task, load_tasks, prompt_of
 
 TASKS = ("past_tense", "question_form", "date_words")
@@ -61,7 +69,7 @@ def choose_example(
 @torch.inference_mode()
 def _greedy(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     base: Any = adapted.model
-    ids = torch.tensor([tokenizer.encode(prompt)])
+    ids = torch.tensor([tokenizer.encode(prompt)], device=adapted.device)
     out = base.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -73,13 +81,21 @@ def _greedy(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, prompt: s
 
 
 def examples(
-    bundle: Bundle, data: Path, names: Sequence[str], *, base: str, tried: int
+    bundle: Bundle,
+    data: Path,
+    names: Sequence[str],
+    *,
+    base: str,
+    tried: int,
+    dtype: str = "float32",
+    device: str = "auto",
 ) -> Iterator[Example]:
     """One example for each task that has one; a task without is logged."""
+    place = pick_device(device)
     tasks = {task.name: task for task in load_tasks(data, names)}
     path = resolve_base(base)
     tokenizer = load_tokenizer(path)
-    adapted = load_experts(bundle.inventory, load_base(path, torch.float32))
+    adapted = load_experts(bundle.inventory, load_base(path, torch_dtype(dtype), place))
     for name in names:
         found = choose_example(adapted, tokenizer, tasks[name], bundle.router(name), tried=tried)
         if found is None:
@@ -99,11 +115,23 @@ def main() -> None:
     parser.add_argument("--base", default=DEFAULT_BASE, help="the base model")
     parser.add_argument("--task", action="append", help="repeat for more, in the order printed")
     parser.add_argument("--tried", type=int, default=120, help="prompts to try for each task")
+    parser.add_argument("--dtype", default="float32", help="data type that the model computes in")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     bundle = Bundle.read(options.inventory)
     names = options.task or TASKS
-    found = list(examples(bundle, options.data, names, base=options.base, tried=options.tried))
+    found = list(
+        examples(
+            bundle,
+            options.data,
+            names,
+            base=options.base,
+            tried=options.tried,
+            dtype=options.dtype,
+            device=options.device,
+        )
+    )
     write_examples(options.out, found)
     for example in found:
         print(f"{example.prompt}\n  {example.task}: {example.answer}")

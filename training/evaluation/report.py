@@ -16,11 +16,13 @@ from polyrex.adapters.errors import DataError
 from polyrex.adapters.files.bundle import Bundle
 from polyrex.adapters.files.inventory import load_experts, read_inventory
 from polyrex.adapters.model.base_model import (
+    Quantisation,
     load_base,
     load_tokenizer,
     resolve_base,
     torch_dtype,
 )
+from polyrex.adapters.model.devices import pick_device
 from polyrex.training.data.tasks import Split, load_tasks
 from polyrex.training.records import current_commit, write_record
 
@@ -64,13 +66,17 @@ def evaluate_tasks(
     tasks: Sequence[str] | None = None,
     split: Split = "test",
     dtype: str = "bfloat16",
+    device: str = "auto",
+    quantize: Quantisation | None = None,
 ) -> list[TaskReport]:
     """Score all tasks that have a router beside the inventory, or those named; write `out` (JSON).
 
     Routers without rows in the data folder are left out with a warning, and listed in `out`. Scores
     of the base model do not depend on the inventory: those already in `out`, for the same split and
-    number of rows, are kept. Raises DataError for a task without a router.
+    number of rows, are kept. Raises DataError for a task without a router, DeviceError for a device
+    that is not there.
     """
+    place = pick_device(device)
     read = read_inventory(inventory)
     routers = Bundle(read).logits()
     missing = sorted(set(tasks or ()) - set(routers))
@@ -83,7 +89,8 @@ def evaluate_tasks(
     chosen = load_tasks(data, tasks or sorted(known_tasks & set(routers)))
     path = resolve_base(base)
     tokenizer = load_tokenizer(path)
-    adapted = load_experts(read, load_base(path, torch_dtype(dtype)))
+    model = load_base(path, torch_dtype(dtype), place, quantize)
+    adapted = load_experts(read, model)
     adapted.prepare(torch_dtype(dtype))
     known = _known_base_scores(out, split)
     reports = []

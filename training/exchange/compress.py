@@ -44,7 +44,8 @@ def compress(
     """Compress LoRAs of any ranks to bases of `rank`, or of the least rank that keeps every task's
     relative error below `error`. The rank is at most the width of the narrowest module.
 
-    `model` is the base model of the LoRAs; the bases are attached to it. Where a task has no
+    `model` is the base model of the LoRAs; the bases are attached to it, and found on its device.
+    Where a task has no
     adapter on a module, its core is zero. Raises DataError unless exactly one of rank and error is
     given, or if no rank reaches `error`; SpecError if the model lacks a module, or has it in
     another shape.
@@ -54,16 +55,17 @@ def compress(
     targets = _targets(loras, model)
     most = min(min(target.d_in, target.d_out) for target in targets)
     norms = torch.stack([_norm(lora) for lora in loras])
+    device = next(model.parameters()).device
     if error is None:
         rank = min(rank or 0, most)
-        found = _decompose(loras, targets, norms, rank)
+        found = _decompose(loras, targets, norms, rank, device)
     else:
-        rank = _least_rank(loras, targets, norms, error)
-        found = _decompose(loras, targets, norms, rank)
+        rank = _least_rank(loras, targets, norms, error, device)
+        found = _decompose(loras, targets, norms, rank, device)
         # Alternation lowers the errors together, but may raise that of a single task.
         while found.errors.max() > error and rank < most:
             rank += 1
-            found = _decompose(loras, targets, norms, rank)
+            found = _decompose(loras, targets, norms, rank, device)
         if found.errors.max() > error:
             raise DataError(
                 f"no rank keeps every task's error below {error}: at {most}, the most that the "
@@ -87,20 +89,24 @@ Side = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class _Decomposition:
-    bases: list[Side]  # of every module, A [I, d_in] and B^T [I, d_out]
+    bases: list[Side]  # of every module, A [I, d_in] and B^T [I, d_out], on the device
     cores: Tensor  # [T, M, I * I]
     errors: Tensor  # [T], float64
 
 
 def _decompose(
-    loras: Sequence[PeftLora], targets: Sequence[TargetModule], norms: Tensor, rank: int
+    loras: Sequence[PeftLora],
+    targets: Sequence[TargetModule],
+    norms: Tensor,
+    rank: int,
+    device: torch.device,
 ) -> _Decomposition:
     bases, cores = [], []
-    for _, sides in _modules(loras, targets, "bases"):
+    for _, sides in _modules(loras, targets, "bases", device):
         first, second = _bases(sides, norms, rank)
         core = torch.stack([(first @ a.T) @ (b @ second.T) for a, b in sides])  # [T, I, I]
         bases.append((first, second))
-        cores.append(core.flatten(1))
+        cores.append(core.flatten(1).cpu())
     stacked = torch.stack(cores, 1)
     # The bases are orthonormal, so the error is the part of the norm that the cores lack.
     kept = stacked.double().square().sum((1, 2))
@@ -108,13 +114,13 @@ def _decompose(
 
 
 def _modules(
-    loras: Sequence[PeftLora], targets: Sequence[TargetModule], title: str
+    loras: Sequence[PeftLora], targets: Sequence[TargetModule], title: str, device: torch.device
 ) -> Iterator[tuple[TargetModule, list[Side]]]:
-    """Yield every module with its sides in all tasks, a [r, d_in] and b [r, d_out]."""
+    """Yield every module with its sides in all tasks, a [r, d_in] and b [r, d_out] on a device."""
     for target in track(targets, description=title):
         none = LowRank(torch.zeros(1, 1, target.d_in), torch.zeros(1, 1, target.d_out))
         pairs = [lora.modules.get(target.name, none) for lora in loras]
-        yield target, [(pair.a[0], pair.b[0]) for pair in pairs]
+        yield target, [(pair.a[0].to(device), pair.b[0].to(device)) for pair in pairs]
 
 
 def _targets(loras: Sequence[PeftLora], model: nn.Module) -> tuple[TargetModule, ...]:
@@ -168,18 +174,22 @@ def _bases(sides: Sequence[Side], norms: Tensor, rank: int) -> tuple[Tensor, Ten
 
 
 def _least_rank(
-    loras: Sequence[PeftLora], targets: Sequence[TargetModule], norms: Tensor, error: float
+    loras: Sequence[PeftLora],
+    targets: Sequence[TargetModule],
+    norms: Tensor,
+    error: float,
+    device: torch.device,
 ) -> int:
     """The least rank at which the initial bases keep every task's error below `error`."""
     most = min(min(target.d_in, target.d_out) for target in targets)
     kept = torch.zeros(len(loras), most, dtype=torch.float64)
-    for _, sides in _modules(loras, targets, "ranks"):
+    for _, sides in _modules(loras, targets, "ranks", device):
         first = _leading(_gram(sides, norms), most)
         second = _leading(_gram([(b, a) for a, b in sides], norms), most)
         for task, (a, b) in enumerate(sides):
             core = (first @ a.T) @ (b @ second.T)
             # The norm of the leading k by k block, for every k.
-            kept[task] += core.double().square().cumsum(0).cumsum(1).diagonal()
+            kept[task] += core.double().square().cumsum(0).cumsum(1).diagonal().cpu()
     errors = (1 - kept / norms.square().unsqueeze(1)).clamp_min(0).sqrt()
     enough = (errors <= error).all(0).nonzero()
     return int(enough[0]) + 1 if len(enough) else most

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from polyrex.adapters.methods.composed import LowRank
 from polyrex.adapters.model.attach import AdaptedModel
+from polyrex.adapters.model.devices import send
 from polyrex.adapters.model.routed_linear import AddComposed
 from polyrex.adapters.peft.lora_checkpoint import PeftLora
 
@@ -60,20 +61,23 @@ def drift_of(
 
 def _log_probabilities(model: nn.Module, texts: Sequence[Tensor]) -> Tensor:
     """The log-probabilities of the next token, [n, V], at the n positions of all texts."""
+    device = next(model.parameters()).device
     padded = pad_sequence(list(texts), batch_first=True)  # on the right: nothing attends to it
-    logits: Tensor = model(input_ids=padded).logits
-    lengths = torch.tensor([len(text) for text in texts]).unsqueeze(1)
-    return logits[torch.arange(padded.shape[1]) < lengths].log_softmax(-1)
+    logits: Tensor = model(input_ids=send(padded, device)).logits
+    width = padded.shape[1]
+    places = [width * row + n for row, text in enumerate(texts) for n in range(len(text))]
+    chosen = send(torch.tensor(places), device)
+    return logits.flatten(0, 1).index_select(0, chosen).log_softmax(-1)
 
 
 @contextmanager
 def uncompressed(adapted: AdaptedModel, lora: PeftLora) -> Iterator[None]:
     """Within this context, every layer of a compressed model adds the original LoRA instead."""
-    dtype = adapted.dtype
+    dtype, device = adapted.dtype, adapted.device
     for target, layer in zip(adapted.targets, adapted.layers, strict=True):
         none = LowRank(torch.zeros(1, 1, target.d_in), torch.zeros(1, 1, target.d_out))
         pair = lora.modules.get(target.name, none)
-        layer.added = AddComposed(LowRank(pair.a.to(dtype), pair.b.to(dtype)))
+        layer.added = AddComposed(LowRank(pair.a.to(device, dtype), pair.b.to(device, dtype)))
     try:
         yield
     finally:

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.progress import track
 
 from polyrex.adapters.errors import DataError
 from polyrex.adapters.files.bundle import Bundle, NewRouter, write_bundle
 from polyrex.adapters.files.registry import TASK_NAME
-from polyrex.adapters.model.base_model import load_base, load_tokenizer, resolve_base
+from polyrex.adapters.model.base_model import load_base, load_tokenizer, resolve_base, torch_dtype
+from polyrex.adapters.model.devices import pick_device
 from polyrex.adapters.peft.lora_checkpoint import CONFIG, WEIGHTS, PeftLora, read_lora
 from polyrex.training.records import write_record
 
@@ -28,18 +28,23 @@ def compress_loras(
     rank: int | None = None,
     error: float | None = None,
     texts: Sequence[str] = TEXTS,
+    dtype: str = "float32",
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Compress a folder of PEFT LoRAs to a static T-REX inventory in `out`, a router for each LoRA.
 
+    The base model, on which drift is measured, computes in `dtype`; bases are found in float32.
     Returns the report, which is also written to `out`. Raises what `read_loras` and `compress`
-    raise, and DataError if a folder's name cannot be the name of a task.
+    raise, DataError if a folder's name cannot be the name of a task, and DeviceError for a device
+    that is not there.
     """
+    place = pick_device(device)
     loras = read_loras(folder)
     for lora in loras:
         if not TASK_NAME.fullmatch(lora.name):
             raise DataError(f"{folder / lora.name}: a task's name matches {TASK_NAME.pattern}")
     path = resolve_base(base)
-    model, tokenizer = load_base(path, torch.float32), load_tokenizer(path)
+    model, tokenizer = load_base(path, torch_dtype(dtype), place), load_tokenizer(path)
     found = compress(loras, model, rank=rank, error=error)
     origin = {"compressed": "from a PEFT LoRA"}
     routers = {name: NewRouter(logits, provenance=origin) for name, logits in found.logits.items()}

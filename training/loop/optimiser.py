@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,18 @@ def schedule(step: int, steps: int, warmup: int) -> float:
     return max(0.0, (steps - step) / max(1, steps - warmup))
 
 
+def clip(parameters: Sequence[nn.Parameter], most: float) -> None:
+    """Scale gradients so that the norm of all together is at most `most`.
+
+    `nn.utils.clip_grad_norm_` is the slow twin, which takes two kernels for every parameter, unless
+    it knows the device.
+    """
+    gradients = [each.grad for each in parameters if each.grad is not None]
+    if gradients:
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1.0))
+
+
 class Optimiser:
     """AdamW without weight decay, whose whole state is a dict of named tensors for a checkpoint."""
 
@@ -23,6 +37,8 @@ class Optimiser:
         self._named = {name: p for members in groups.values() for name, p in members}
         self._rates = rates
         self._clip = clip
+        # On a card, one kernel for many parameters; the CPU goes on as checkpoints of old expect.
+        self._fused = any(parameter.device.type == "cuda" for parameter in self.parameters)
         self._adamw = torch.optim.AdamW(
             [
                 {"params": [p for _, p in members], "lr": rates.of(name), "name": name}
@@ -31,6 +47,7 @@ class Optimiser:
             ],
             weight_decay=0.0,
             betas=(0.9, 0.98),
+            fused=self._fused,
         )
 
     @property
@@ -43,25 +60,29 @@ class Optimiser:
         the gradients."""
         for group in self._adamw.param_groups:
             # By group: one norm over all would let the many leaves silence the few gates.
-            nn.utils.clip_grad_norm_(group["params"], self._clip)
+            clip(group["params"], self._clip)
             group["lr"] = self._rates.of(group["name"]) * multiplier
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """The parameters, their step counts and both moments, by name."""
-        tensors = {f"value/{name}": p.detach() for name, p in self._named.items()}
+        """The parameters, their step counts and both moments, by name, on the CPU."""
+        tensors = {f"value/{name}": p.detach().cpu() for name, p in self._named.items()}
         for name, parameter in self._named.items():
             for key, value in self._adamw.state[parameter].items():
-                tensors[f"{key}/{name}"] = value
+                tensors[f"{key}/{name}"] = value.cpu()
         return tensors
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state` returned; raises KeyError if it is of other parameters."""
+        """Restore what `state` returned, wherever it was trained; raises KeyError if it is of other
+        parameters."""
         with torch.no_grad():
             for name, parameter in self._named.items():
                 parameter.copy_(tensors[f"value/{name}"])
-                self._adamw.state[parameter] = {
-                    key: tensors[f"{key}/{name}"].clone()
-                    for key in ("step", "exp_avg", "exp_avg_sq")
+                moments = {
+                    key: tensors[f"{key}/{name}"].to(parameter.device, copy=True)
+                    for key in ("exp_avg", "exp_avg_sq")
                 }
+                count = tensors[f"step/{name}"].clone()  # lies on the CPU, unless fused
+                step = count.to(parameter.device) if self._fused else count
+                self._adamw.state[parameter] = {"step": step, **moments}

@@ -16,11 +16,18 @@ from polyrex.training.data.batches import Example
 
 
 class Ranks:
-    """The processes of a run. Making one joins the process group, unless that has been joined."""
+    """The processes of a run. Making one joins the process group, unless that has been joined.
 
-    def __init__(self) -> None:
+    They meet where their parameters and gradients lie: cards by NCCL, CPUs by gloo.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-            dist.init_process_group("gloo")  # parameters and gradients are on the CPU
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+                dist.init_process_group("nccl", device_id=device)
+            else:
+                dist.init_process_group("gloo")
         together = dist.is_initialized()
         self._rank = dist.get_rank() if together else 0
         self._world = dist.get_world_size() if together else 1
@@ -37,7 +44,7 @@ class Ranks:
         for start in range(0, len(own), max(1, size)):
             yield own[start : start + size]
 
-    def add_up(self, loss: float, parameters: Sequence[nn.Parameter]) -> float:
+    def add_up(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Replace each gradient by its sum over all processes; return the sum of their losses.
 
         Each process's loss is its share of the step's loss, so the sums are what a single process
@@ -46,9 +53,9 @@ class Ranks:
         if self._world == 1:
             return loss
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([*(g.flatten() for g in gradients), torch.tensor([loss])])
+        flat = torch.cat([*(g.flatten() for g in gradients), loss.view(1)])
         dist.all_reduce(flat)
         pieces: tuple[Tensor, ...] = flat[:-1].split([g.numel() for g in gradients])  # type: ignore[no-untyped-call]
         for parameter, piece in zip(parameters, pieces, strict=True):
             parameter.grad = piece.view_as(parameter)
-        return float(flat[-1])
+        return flat[-1]

@@ -101,7 +101,7 @@ def run(
     if checkpoint is not None and checkpoint.exists():
         curve = _load_checkpoint(checkpoint, optimiser, config)
     steps = steps_of(examples, config, len(curve))
-    ranks = Ranks()
+    ranks = Ranks(model.logits.device)
     with _bar(
         title, config.steps, len(curve), disable=progress is not None or not ranks.first
     ) as bar:
@@ -134,16 +134,17 @@ def _train_step(
 ) -> StepRecord:
     started = time.perf_counter()
     torch.manual_seed(config.seed * 1_000_003 + step)  # the routing noise of this step
-    total = 0.0
+    total = torch.zeros((), device=model.logits.device)
     for part in ranks.own_parts(examples, config.accumulate):
         batch = model.collate(part, pad, rows=len(examples))
         loss = model.loss(batch, sample=config.sample_routing)
         loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.item()
+        total += loss.detach()
     total = ranks.add_up(total, optimiser.parameters)
     optimiser.step(schedule(step, config.steps, config.warmup))
+    value = total.item()  # the one place in a step where the host waits for the device
     seconds = time.perf_counter() - started
-    return StepRecord(step, total, sum(map(len, examples)) / seconds)
+    return StepRecord(step, value, sum(map(len, examples)) / seconds)
 
 
 def _bar(title: str, steps: int, done: int, *, disable: bool) -> Progress:

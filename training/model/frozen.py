@@ -58,7 +58,7 @@ class LowerLayers:
         path = self._folder / f"{name}-{self._key(questions)}.safetensors"
         if not path.exists():
             made = hidden_below(self._base, self._layers, questions, title=name)
-            write_atomic(path, save({"hidden": torch.cat(made)}))
+            write_atomic(path, save({"hidden": torch.cat(made).cpu()}))
         # The file is mapped into memory, which all processes that read it share.
         return torch.split(load_file(path)["hidden"], [len(question) for question in questions])
 
@@ -95,7 +95,7 @@ def hidden_below(
         for indices in track(batches, f"lower layers: {title}", disable=title is None):
             batch = [questions[i] for i in indices]
             with suppress(_Reached):
-                model.base_model(**model_inputs(batch, model.dtype))
+                model.base_model(**model_inputs(batch, model.dtype, model.device))
             for index, hidden in zip(indices, caught.pop(), strict=True):
                 found[index] = hidden[: len(questions[index])].clone()
     finally:

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from polyrex.adapters.model.base_model import load_base, load_tokenizer, resolve_base, torch_dtype
+from polyrex.adapters.model.base_model import (
+    Quantisation,
+    load_base,
+    load_tokenizer,
+    resolve_base,
+    torch_dtype,
+)
+
+CPU = torch.device("cpu")
 
 
-def load_for_training(name: str, dtype: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """A frozen base model, by its name or folder, and its tokenizer.
+def load_for_training(
+    name: str, dtype: str, device: torch.device = CPU, quantize: Quantisation | None = None
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """A frozen base model on a device, by its name or folder, and its tokenizer.
 
-    Raises FileError if the default model's package is missing, SpecError if the dtype is unknown.
+    Raises FileError if the default model's package is missing, SpecError if the dtype is unknown,
+    DeviceError if the model cannot be quantised on the device.
     """
     path = resolve_base(name)
-    base = load_base(path, torch_dtype(dtype))
-    use_eager_attention(base)
+    base = load_base(path, torch_dtype(dtype), device, quantize)
+    if device.type == "cpu":
+        use_eager_attention(base)
     return base, load_tokenizer(path)
 
 

@@ -18,7 +18,7 @@ from polyrex.adapters.methods.registry import method_class
 from polyrex.adapters.model.attach import AdaptedModel
 from polyrex.adapters.model.routed_linear import AddByStep, AddComposed, RoutedLinear
 from polyrex.kernels.routing import StepRouting
-from polyrex.training.data.batches import IGNORED, Batch, Example, collate, collate_pairs
+from polyrex.training.data.batches import Batch, Example, collate, collate_pairs
 
 Groups = dict[str, list[tuple[str, nn.Parameter]]]
 """Named parameters by group: the roles that methods declare, and the tasks' `routing`."""
@@ -31,17 +31,15 @@ class LayerStack:
         self._layers = layers
         self._template = layers[0].experts
         self._of_frozen: Operands | None = None
-        self._indices = torch.tensor([layer.index for layer in layers])
+        device = next(self._template.parameters()).device
+        self._indices = torch.tensor([layer.index for layer in layers], device=device)
 
     def operands(self, dtype: torch.dtype) -> Operands:
         """The experts' operands, each [L, ...]; derived only once while the experts are frozen."""
         frozen = not any(parameter.requires_grad for parameter in self._template.parameters())
         if frozen and self._of_frozen is not None:
             return self._of_frozen
-        parameters = {
-            name: torch.stack([layer.experts.get_parameter(name) for layer in self._layers])
-            for name, _ in self._template.named_parameters()
-        }
+        parameters = {name: self._stacked(name) for name, _ in self._template.named_parameters()}
 
         def derive(values: dict[str, Tensor]) -> Operands:
             operands: Operands = functional_call(self._template, values, (dtype,))
@@ -50,6 +48,14 @@ class LayerStack:
         derived: Operands = torch.vmap(derive)(parameters)
         self._of_frozen = derived if frozen else None
         return derived
+
+    def _stacked(self, name: str) -> Tensor:
+        """A parameter of all layers, [L, ...]."""
+        stacked = torch.stack([layer.experts.get_parameter(name) for layer in self._layers])
+        if stacked.requires_grad:
+            # Once, where autograd would copy every layer's part on its own.
+            stacked.register_hook(lambda gradient: gradient.contiguous())  # type: ignore[no-untyped-call]
+        return stacked
 
     def add_by_step(self, operands: Operands, step: StepRouting) -> None:
         """Have each layer add its `delta`, for a method whose tokens choose."""
@@ -96,24 +102,16 @@ class MultiTaskModel(nn.Module):
         ]
         self.experts = nn.ModuleList([layer.experts for layer in adapted.layers])
         self.intuition = adapted.intuition
-        self.logits = nn.Parameter(torch.stack(fresh))
+        self.logits = nn.Parameter(torch.stack(fresh).to(adapted.device))
         shapes: dict[tuple[int, int], list[RoutedLinear]] = defaultdict(list)
         for layer in adapted.layers:
             shapes[layer.experts.target.d_in, layer.experts.target.d_out].append(layer)
         self._stacks = [LayerStack(tuple(layers)) for layers in shapes.values()]
 
     @contextmanager
-    def routed(self, tasks: Tensor, *, sample: bool = False) -> Iterator[None]:
-        """Within this context, row b of a batch is routed by the router of `tasks[b]`, [B]."""
-        if not self.logits.numel():
-            tasks = torch.zeros_like(tasks[:1])  # one adapter for all
-        distinct, rows = torch.unique(tasks, return_inverse=True)
-        with self._routed_by(self.logits[distinct], rows, sample=sample):
-            yield
-
-    @contextmanager
-    def _routed_by(self, logits: Tensor, rows: Tensor, *, sample: bool) -> Iterator[None]:
-        """Route row b of a batch by router `rows[b]` of D routers [D, groups, R].
+    def routed(self, logits: Tensor, rows: Tensor, *, sample: bool = False) -> Iterator[None]:
+        """Within this context, row b of a batch is routed by router `rows[b]` of D routers
+        [D, groups, R].
 
         Where tokens do not choose, the adapters are composed once per step, for all layers of one
         shape together: layer by layer, that would be some thirty small operations each.
@@ -134,37 +132,44 @@ class MultiTaskModel(nn.Module):
             self.adapted.add_nothing()
 
     def collate(self, examples: Sequence[Example], pad: int, *, rows: int = 0) -> Batch:
-        """Stack examples into a batch for the base model; `rows` as in batches.collate."""
+        """Stack examples into a batch for the base model, on its device; `rows` as in
+        batches.collate."""
         config: Any = self.adapted.model.config
         if config.is_encoder_decoder:
-            return collate_pairs(examples, pad, config.decoder_start_token_id, rows=rows)
-        return collate(examples, pad, rows=rows)
+            batch = collate_pairs(examples, pad, config.decoder_start_token_id, rows=rows)
+        else:
+            batch = collate(examples, pad, rows=rows)
+        return batch.to(self.logits.device)
 
     def loss(self, batch: Batch, *, sample: bool = False) -> Tensor:
         """Cross-entropy of the answers: a mean over rows of each row's mean over its tokens."""
-        if batch.intuition is None:
-            routed = self.routed(batch.tasks, sample=sample)
-        else:
-            own = batch.intuition.unsqueeze(1)  # one group: the whole model
-            routed = self._routed_by(own, torch.arange(len(own)), sample=sample)
-        chosen = batch.targets != IGNORED
-        with routed:
-            logits = self._logits(batch.inputs, chosen).float()
-        losses = F.cross_entropy(logits, batch.targets[chosen], reduction="none")
-        return (losses * batch.weights[chosen]).sum()
+        if batch.intuition is not None:  # one group: the whole model
+            own = (
+                batch.intuition.unsqueeze(1),
+                torch.arange(len(batch.rows), device=batch.rows.device),
+            )
+        elif self.logits.numel():
+            own = self.logits.index_select(0, batch.tasks), batch.rows
+        else:  # one adapter for all
+            own = self.logits[:1], torch.zeros_like(batch.rows[:1])
+        with self.routed(*own, sample=sample):
+            logits = self._logits(batch).float()
+        losses = F.cross_entropy(logits, batch.targets, reduction="none")
+        return (losses * batch.weights).sum()
 
-    def _logits(self, inputs: dict[str, Tensor], chosen: Tensor) -> Tensor:
-        """Logits [n, V] at the n positions that `chosen` [B, T] marks, row by row.
+    def _logits(self, batch: Batch) -> Tensor:
+        """Logits [n, V] at the batch's n positions.
 
         For a decoder, they are computed at those positions only: the output layer is a fifth of a
         small model. An encoder-decoder's decoder reads only answers, so it needs nearly all.
         """
         base: Any = self.adapted.model
         if base.config.is_encoder_decoder:
-            logits: Tensor = base(**inputs, use_cache=False).logits[chosen]
-        else:
-            hidden = base.base_model(**inputs, use_cache=False).last_hidden_state
-            logits = base.get_output_embeddings()(hidden[chosen])
+            out: Tensor = base(**batch.inputs, use_cache=False).logits
+            return out.flatten(0, 1).index_select(0, batch.positions)
+        hidden: Tensor = base.base_model(**batch.inputs, use_cache=False).last_hidden_state
+        chosen = hidden.flatten(0, 1).index_select(0, batch.positions)
+        logits: Tensor = base.get_output_embeddings()(chosen)
         return logits
 
     def parameter_groups(self, *, routing: bool = True) -> Groups:
@@ -184,5 +189,5 @@ class MultiTaskModel(nn.Module):
         return groups
 
     def routers(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """A copy of each task's routing logits [groups, R], by the task's name."""
-        return {name: self.logits[i].detach().clone() for i, name in enumerate(names)}
+        """A copy of each task's routing logits [groups, R] on the CPU, by the task's name."""
+        return {name: self.logits[i].detach().cpu().clone() for i, name in enumerate(names)}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from polyrex.adapters.files.tensor_file import write_atomic
-from polyrex.training.data.batches import IGNORED, Batch
+from polyrex.training.data.batches import Batch
 from polyrex.training.loop.run import StepRecord
 from polyrex.training.model.multi_task import MultiTaskModel
 
@@ -44,19 +44,19 @@ class RouterWatch:
     @torch.no_grad()
     def look(self) -> Tensor:
         """The weights [M, n, E] at the n positions of the probe that predict an answer's token."""
-        chosen = self.probe.targets != IGNORED
         found: dict[int, Tensor] = {}
 
         def note(layer: Any, inputs: tuple[Tensor, ...]) -> None:
             router = layer.experts.get_parameter("token_router")
-            found[layer.index] = torch.softmax(F.linear(inputs[0][chosen].float(), router), -1)
+            chosen = inputs[0].flatten(0, 1)[self.probe.positions]
+            found[layer.index] = torch.softmax(F.linear(chosen.float(), router), -1)
 
         layers = self.model.adapted.layers
         hooks = [layer.register_forward_pre_hook(note) for layer in layers]
         self.model.loss(self.probe)
         for hook in hooks:
             hook.remove()
-        return torch.stack([found[layer.index] for layer in layers])
+        return torch.stack([found[layer.index] for layer in layers]).cpu()
 
     def curve(self) -> dict[str, list[float]]:
         """The distance of each step's weights from the final ones (total variation, 0 to 1), and

@@ -296,11 +296,20 @@ def main() -> None:
     parser.add_argument(
         "--variant", action="append", help="run only this variant; repeat it for more"
     )
+    parser.add_argument("--dtype", default=StudyConfig.dtype, help="default: %(default)s")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--report", action="store_true", help="only report what is finished")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     chosen = [v for v in VARIANTS if not options.variant or v.name in options.variant]
-    config = StudyConfig(options.data, options.out, options.work, variants=chosen)
+    config = StudyConfig(
+        options.data,
+        options.out,
+        options.work,
+        dtype=options.dtype,
+        device=options.device,
+        variants=chosen,
+    )
     if not options.report:
         run_study(config)
     base = load_base(resolve_base(config.base), torch.float32)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from polyrex.adapters.files.inventory import Inventory, load_experts
 from polyrex.adapters.model.attach import AdaptedModel, attach, find_targets
+from polyrex.adapters.model.devices import pick_device
 from polyrex.adapters.model.intuition import Intuition
 from polyrex.adapters.model.sentence_encoder import SentenceEncoder
 from polyrex.adapters.rows import Row
@@ -49,7 +50,8 @@ class Bench:
         """Load the tasks and the model; raises DataError if the data folder lacks a task."""
         held_in = load_tasks(config.data, role="held_in")
         held_out = load_tasks(config.data, config.held_out)
-        base, tokenizer = load_for_training(config.base, config.dtype)
+        device = pick_device(config.device)
+        base, tokenizer = load_for_training(config.base, config.dtype, device)
         lower = LowerLayers(base, config.lower_layers, config.work / "hidden")
         return cls(config, held_in, held_out, tokenizer, base, lower)
 

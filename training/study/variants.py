@@ -141,6 +141,9 @@ class StudyConfig:
     targets: str = UPPER_THIRD
     lower_layers: int = 20
     dtype: str = "bfloat16"
+    device: str = "auto"
+    """As pick_device reads it. It is no part of the plan: cells of one study may be computed on
+    different devices."""
     variants: Sequence[Variant] = VARIANTS
     held_out: tuple[str, ...] = HELD_OUT
     searched: tuple[str, ...] = SEARCHED

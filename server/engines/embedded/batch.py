@@ -30,6 +30,12 @@ class Batch:
     slots: list[int]  # [T], of the routing table
     kept: list[int]  # [n], the tokens that get logits
 
+    @property
+    def only_decodes(self) -> bool:
+        """Whether every token is the last of its request, from which the next one is drawn."""
+        one_each = len(self.tokens) == len(self.spans)
+        return one_each and all(own.last is not None for own in self.rows)
+
     @classmethod
     def pack(cls, spans: Sequence[Span[Generation]]) -> Batch:
         """Put the tokens of the spans in one row, in the order of the spans."""

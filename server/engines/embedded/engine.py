@@ -34,6 +34,7 @@ from polyrex.server.engines.base import EngineStats, GenerationRequest, TokenChu
 from polyrex.server.engines.warm_up import warm_up
 from polyrex.server.errors import EngineStopped
 
+from .cuda_graphs import choose_record
 from .generation import Generation
 from .runner import Delivery, ModelRunner
 
@@ -57,10 +58,22 @@ class EmbeddedEngine:
     Everything that changes belongs to the engine's thread, which is reached through the inbox.
     """
 
-    def __init__(self, adapted: AdaptedModel, inventory: Inventory, config: EmbeddedConfig) -> None:
-        """`adapted` has the inventory's experts. Raises StartError if the sizes cannot work."""
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        inventory: Inventory,
+        config: EmbeddedConfig,
+        *,
+        gpu_graphs: bool = False,
+    ) -> None:
+        """`adapted` has the inventory's experts. Raises StartError if the sizes cannot work.
+
+        With `gpu_graphs`, decode steps run as CUDA graphs where there is CUDA.
+        """
         self._inventory = inventory
-        self._runner = ModelRunner(adapted, inventory, config)
+        device = next(adapted.model.parameters()).device
+        record = choose_record(device, graphs=gpu_graphs)
+        self._runner = ModelRunner(adapted, inventory, config, record)
         self._inbox: queue.SimpleQueue[Generation | _Abort | _Stop] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="polyrex-engine", daemon=True)
         self._down: str | None = "the engine has not been started"

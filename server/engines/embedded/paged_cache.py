@@ -9,13 +9,15 @@ each layer to `attend`, which is registered as an attention implementation; the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PreTrainedConfig
 
 from polyrex.server.errors import StartError
@@ -51,7 +53,7 @@ class _Decode(NamedTuple):
 
     start: int
     blocks: Tensor  # [requests, blocks], padded with block 0
-    mask: Tensor  # [requests, 1, 1, blocks * BLOCK], true for the keys of the request
+    mask: Tensor  # [requests, 1, 1, blocks * BLOCK], true or 0 for the keys of the request
 
 
 class _Prefill(NamedTuple):
@@ -59,8 +61,17 @@ class _Prefill(NamedTuple):
 
     start: int
     end: int
-    blocks: Tensor  # [blocks]
-    mask: Tensor | None  # [tokens, keys]; None for the first tokens, whose attention is causal
+    past: tuple[Tensor, Tensor] | None
+    """The blocks of the request, [blocks], and which keys each token reads, [tokens, keys]; None
+    for the first tokens, which attend to themselves, causally."""
+
+
+class _Prompts(NamedTuple):
+    """The first tokens of several requests, padded to one length."""
+
+    padded: Tensor  # [requests, length], of tokens of the batch; padding repeats the first
+    tokens: Tensor  # [n], all tokens of these requests in the batch
+    places: Tensor  # [n], where they are among the padded ones
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,8 @@ class AttentionPlan:
     cache: PagedCache
     write: Tensor  # [tokens], positions in the flattened cache
     decodes: tuple[_Decode, ...]
-    prefills: tuple[_Prefill, ...]
+    prefills: tuple[_Prefill, ...] = ()
+    prompts: tuple[_Prompts, ...] = ()
 
 
 class PagedCache:
@@ -81,14 +93,23 @@ class PagedCache:
     request may have left behind would not be 0.
     """
 
+    spare: int
+    """A block that belongs to no request either: tokens that only pad a batch write there."""
+
+    pads_prompts: bool
+    """Whether new prompts of similar length attend in one call, padded. On a GPU, a call for each
+    takes longer than all padding; on a CPU, it does not."""
+
     def __init__(
         self, config: PreTrainedConfig, tokens: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = _head_shape(config)
         self._blocks = tokens // BLOCK
-        size = (config.num_hidden_layers, 2, self._blocks + 1, BLOCK, *shape)
+        self.spare = self._blocks + 1
+        size = (config.num_hidden_layers, 2, self.spare + 1, BLOCK, *shape)
         self.storage = torch.zeros(size, dtype=dtype, device=device)
         self._free = list(range(self._blocks, 0, -1))
+        self.pads_prompts = device.type == "cuda"
 
     @property
     def usage(self) -> float:
@@ -120,16 +141,41 @@ class PagedCache:
             for position in range(request.computed, request.computed + count)
         ]
         decodes, prefills, start = [], [], 0
+        prompts: dict[int, list[range]] = {}  # by length
         for key, members in groupby(spans, _group):
             group = list(members)
             if key:
                 decodes.append(self._decode(start, [span.request for span in group]))
-            else:
-                prefills += self._prefills(start, group)
-            start += sum(span.count for span in group)
+                start += len(group)
+                continue
+            for span in group:
+                tokens = range(start, start + span.count)
+                if self.pads_prompts and not span.request.computed:
+                    prompts.setdefault(span.count.bit_length(), []).append(tokens)
+                else:
+                    prefills.append(self._prefill(span, tokens))
+                start += span.count
         return AttentionPlan(
-            self, torch.tensor(write, device=device), tuple(decodes), tuple(prefills)
+            self,
+            torch.tensor(write, device=device),
+            tuple(decodes),
+            tuple(prefills),
+            tuple(self._prompts(of_length) for of_length in prompts.values()),
         )
+
+    def plan_decode(self, positions: Tensor, blocks: Tensor) -> AttentionPlan:
+        """The attention of tokens of different requests, by operations of the device alone.
+
+        positions [requests], each token's in its request; blocks [requests, blocks], padded with
+        block 0.
+        """
+        own = blocks.gather(1, (positions // BLOCK)[:, None])[:, 0]
+        keys = torch.arange(blocks.shape[1] * BLOCK, device=blocks.device)
+        # A sum is what the products of all layers can use as it is; a mask of truth, each converts.
+        mask = self.storage.new_zeros(len(blocks), len(keys))
+        mask.masked_fill_(keys > positions[:, None], float("-inf"))
+        decode = _Decode(0, blocks, mask[:, None, None])
+        return AttentionPlan(self, own * BLOCK + positions % BLOCK, (decode,))
 
     def _decode(self, start: int, requests: list[Stored]) -> _Decode:
         device = self.storage.device
@@ -139,19 +185,23 @@ class PagedCache:
         mask = torch.arange(width * BLOCK, device=device) < lengths[:, None]
         return _Decode(start, torch.tensor(padded, device=device), mask[:, None, None])
 
-    def _prefills(self, start: int, spans: list[Span[Stored]]) -> list[_Prefill]:
-        device, plans = self.storage.device, []
-        for span in spans:
-            request, count = span.request, span.count
-            keys = request.computed + count
-            blocks = torch.tensor(request.blocks[: -(-keys // BLOCK)], device=device)
-            mask = None
-            if request.computed:
-                last = torch.arange(request.computed, keys, device=device)[:, None]
-                mask = torch.arange(len(blocks) * BLOCK, device=device) <= last
-            plans.append(_Prefill(start, start + count, blocks, mask))
-            start += count
-        return plans
+    def _prefill(self, span: Span[Stored], tokens: range) -> _Prefill:
+        request, device = span.request, self.storage.device
+        if not request.computed:
+            return _Prefill(tokens.start, tokens.stop, None)
+        keys = request.computed + span.count
+        blocks = torch.tensor(request.blocks[: -(-keys // BLOCK)], device=device)
+        last = torch.arange(request.computed, keys, device=device)[:, None]
+        mask = torch.arange(len(blocks) * BLOCK, device=device) <= last
+        return _Prefill(tokens.start, tokens.stop, (blocks, mask))
+
+    def _prompts(self, prompts: Sequence[range]) -> _Prompts:
+        length = max(len(tokens) for tokens in prompts)
+        padded = [[*tokens, *[tokens.start] * (length - len(tokens))] for tokens in prompts]
+        places = [row * length + i for row, own in enumerate(prompts) for i in range(len(own))]
+        tokens = list(chain.from_iterable(prompts))
+        device = self.storage.device
+        return _Prompts(*(torch.tensor(each, device=device) for each in (padded, tokens, places)))
 
 
 def packing_order(span: Span[Stored]) -> tuple[int, int]:
@@ -175,6 +225,24 @@ def use_paged_attention(model: nn.Module) -> None:
     model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
 
 
+def attention_kernels(device: torch.device) -> AbstractContextManager[None]:
+    """Within it, attention prefers kernels that take any shape at once.
+
+    cuDNN's is the first choice of PyTorch on some GPUs, and prepares each new shape for long; here,
+    shapes change with every batch.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    order = [
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.MATH,
+    ]
+    kernels: AbstractContextManager[None] = sdpa_kernel(order, set_priority=True)
+    return kernels
+
+
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -194,26 +262,46 @@ def attend(
     keys, values = plan.cache.storage[layer]  # each [blocks, BLOCK, KV, d]
     keys.view(-1, *keys.shape[2:]).index_copy_(0, plan.write, key[0].transpose(0, 1))
     values.view(-1, *values.shape[2:]).index_copy_(0, plan.write, value[0].transpose(0, 1))
+    if len(plan.decodes) == 1 and len(plan.decodes[0].blocks) == query.shape[2]:
+        return _attend_decode(query[0], keys, values, plan.decodes[0], scaling)[None], None
     out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
     for decode in plan.decodes:
         rows = slice(decode.start, decode.start + len(decode.blocks))
         out[0, rows] = _attend_decode(query[0, :, rows], keys, values, decode, scaling)
     for prefill in plan.prefills:
         rows = slice(prefill.start, prefill.end)
-        own = key[:, :, rows], value[:, :, rows]
-        if prefill.mask is not None:
-            blocks = prefill.blocks[None]
+        own, mask = (key[:, :, rows], value[:, :, rows]), None
+        if prefill.past is not None:
+            blocks, mask = prefill.past[0][None], prefill.past[1]
             own = _gather(keys, blocks), _gather(values, blocks)
         attended = F.scaled_dot_product_attention(
             query[:, :, rows],
             *own,
-            attn_mask=prefill.mask,
-            is_causal=prefill.mask is None,
+            attn_mask=mask,
+            is_causal=mask is None,
             scale=scaling,
             enable_gqa=True,
         )
         out[:, rows] = attended.transpose(1, 2)
+    for prompts in plan.prompts:
+        attended = _attend_prompts(query[0], key[0], value[0], prompts, scaling)
+        out[0].index_copy_(0, prompts.tokens, attended)
     return out, None
+
+
+def _attend_prompts(
+    query: Tensor, key: Tensor, value: Tensor, prompts: _Prompts, scaling: float | None
+) -> Tensor:
+    """The attention [n, H, d] of the first tokens of requests, from the whole batch's [H, T, d].
+
+    Padding comes after a request's own tokens, so that a causal attention never reads it.
+    """
+    # each [requests, H or KV, length, d]
+    q, k, v = (side[:, prompts.padded].transpose(0, 1) for side in (query, key, value))
+    attended = F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scaling, enable_gqa=True
+    )
+    return attended.transpose(1, 2).flatten(0, 1)[prompts.places]
 
 
 def _attend_decode(

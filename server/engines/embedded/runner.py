@@ -21,8 +21,9 @@ from polyrex.server.engines.base import EngineStats, Token, TokenChunk
 from polyrex.server.errors import EngineError, StartError
 
 from .batch import Batch
+from .decode_steps import DecodeSteps, Record, rounded
 from .generation import Generation, Outcome
-from .paged_cache import BLOCK, PagedCache, use_paged_attention
+from .paged_cache import BLOCK, PagedCache, attention_kernels, use_paged_attention
 from .sampling import choose, score
 from .scheduler import Scheduler
 from .task_routing import TaskRouting
@@ -35,8 +36,17 @@ Delivery = tuple[Generation, Outcome]
 class ModelRunner:
     """The model with all that changes while it runs. Only the engine's thread may change it."""
 
-    def __init__(self, adapted: AdaptedModel, inventory: Inventory, config: EmbeddedConfig) -> None:
-        """Allocate the cache and the routing table; raises StartError if the sizes cannot work."""
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        inventory: Inventory,
+        config: EmbeddedConfig,
+        record: Record | None = None,
+    ) -> None:
+        """Allocate the cache and the routing table; raises StartError if the sizes cannot work.
+
+        With `record`, steps in which all requests decode are recorded and replayed.
+        """
         if config.max_running > config.max_batch_tokens:
             raise StartError(
                 f"max_running {config.max_running} is more than max_batch_tokens "
@@ -53,8 +63,13 @@ class ModelRunner:
         self._device = weight.device
         self._eos = _eos_tokens(model)
         self._cache = PagedCache(model_config, capacity, weight.dtype, weight.device)
-        self._routing = TaskRouting(adapted, inventory, config)
+        most = max(config.max_batch_tokens, rounded(config.max_running))
+        self._routing = TaskRouting(adapted, inventory, config, weight.device, most)
         self._scheduler = Scheduler(config, self._cache, self._routing.slots)
+        self._decodes: DecodeSteps | None = None
+        if record is not None:
+            sizes = config.max_running, self.vocabulary
+            self._decodes = DecodeSteps(model, self._cache, self._routing, *sizes, record)
         self._deliveries: list[Delivery] = []
         self._steps = self._prompt_tokens = self._generated_tokens = 0
 
@@ -102,7 +117,8 @@ class ModelRunner:
         self._steps += 1
         try:
             batch = Batch.pack(spans)
-            logits = self._forward(batch)
+            with attention_kernels(self._device):
+                logits = self._forward(batch)
         except Exception as error:
             logger.exception("a forward pass failed, and with it its %d requests", len(spans))
             for span in spans:
@@ -120,6 +136,9 @@ class ModelRunner:
 
     def _forward(self, batch: Batch) -> Tensor:
         """The logits [n, vocabulary] of a batch."""
+        decoded = None if self._decodes is None else self._decodes.run(batch)
+        if decoded is not None:
+            return decoded
         self._routing.route(batch.slots)
         output = self._model(
             input_ids=torch.tensor([batch.tokens], device=self._device),
@@ -146,7 +165,11 @@ class ModelRunner:
         """Draw a token for each request, from its row of logits [n, vocabulary]."""
         if not generations:
             return
-        chosen = choose(logits, [generation.draw for generation in generations])
+        chosen: Sequence[Token | Exception]
+        try:
+            chosen = choose(logits, [generation.draw for generation in generations])
+        except Exception as error:
+            chosen = [error] * len(generations)
         for generation, outcome in zip(generations, chosen, strict=True):
             if isinstance(outcome, Exception):
                 self._fail(generation, outcome)

@@ -33,7 +33,7 @@ class Scheduler:
         spans, budget = [], self._config.max_batch_tokens
         for generation in sorted(self.running, key=lambda one: one.pending > 1):
             count = min(generation.pending, budget)
-            if generation not in self.running or not count:
+            if not generation.blocks or not count:  # it had to go, for an older one's room
                 continue
             if self._make_room(generation, generation.computed + count):
                 spans.append(Span(generation, count))

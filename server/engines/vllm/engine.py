@@ -43,7 +43,6 @@ from polyrex.server.errors import EngineError, EngineStopped, StartError
 
 from .layers import OPERATOR
 from .plugin import CONFIG_KEY, WorkerExtension
-from .version import check_version
 
 _CACHE_UPDATES = ("vllm::unified_kv_cache_update", "vllm::unified_mla_kv_cache_update")
 
@@ -57,12 +56,20 @@ class VllmEngine:
     """
 
     def __init__(
-        self, model: str, inventory: Inventory, config: VllmEngineConfig, dtype: str
+        self,
+        model: str,
+        inventory: Inventory,
+        config: VllmEngineConfig,
+        dtype: str,
+        *,
+        gpu_graphs: bool = False,
     ) -> None:
-        """`model` is a folder or hub id. Raises StartError if this vLLM is not supported."""
-        check_version()
+        """`model` is a folder or hub id. `check_build` says whether this vLLM will do.
+
+        With `gpu_graphs`, CUDA graphs of decode steps hold the adapters too.
+        """
         self._inventory = inventory
-        self._arguments = _arguments(model, inventory, config, dtype)
+        self._arguments = _arguments(model, inventory, config, dtype, gpu_graphs)
         self._slots = SlotCache(config.slots, self._write)
         self._writes: dict[int, asyncio.Future[Any]] = {}  # by slot
         self._vacancy = asyncio.Event()
@@ -168,7 +175,7 @@ class VllmEngine:
 
 
 def _arguments(
-    model: str, inventory: Inventory, config: VllmEngineConfig, dtype: str
+    model: str, inventory: Inventory, config: VllmEngineConfig, dtype: str, gpu_graphs: bool
 ) -> AsyncEngineArgs:
     ours = {
         "inventory": str(inventory.path.resolve()),
@@ -191,7 +198,7 @@ def _arguments(
         worker_cls=_worker_class(config.eager),
         worker_extension_cls=_dotted_name(WorkerExtension),
         additional_config={CONFIG_KEY: ours},
-        **_graphs(config.eager),
+        **_graphs(config.eager, gpu_graphs),
     )
 
 
@@ -208,20 +215,19 @@ def _dotted_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _graphs(eager: bool) -> dict[str, Any]:
-    """Settings with which CUDA graphs are captured between our operators, never across them.
+def _graphs(eager: bool, whole: bool) -> dict[str, Any]:
+    """Settings with which CUDA graphs are captured between our operators.
 
-    A graph is replayed with the addresses of its capture, but the routing weights that our
-    operators read are elsewhere in memory in every step.
+    If `whole`, a graph of a decode step reaches across them: it is replayed with the addresses of
+    its capture, where the routing of every step is found (plugin.py). Steps with prompts in them
+    keep to the pieces in between, whose compiled code layers share: our operator's name of its
+    layer would make each a piece of its own.
     """
     if eager or not current_platform.is_cuda():
         return {}
     between = [*CompilationConfig._attention_ops, *_CACHE_UPDATES, f"vllm::{OPERATOR}"]
-    return {
-        "compilation_config": CompilationConfig(
-            cudagraph_mode=CUDAGraphMode.PIECEWISE, splitting_ops=between
-        )
-    }
+    mode = CUDAGraphMode.FULL_AND_PIECEWISE if whole else CUDAGraphMode.PIECEWISE
+    return {"compilation_config": CompilationConfig(cudagraph_mode=mode, splitting_ops=between)}
 
 
 def _sampling(sampling: SamplingParams) -> VllmSamplingParams:

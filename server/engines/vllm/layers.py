@@ -4,6 +4,9 @@ vLLM gives every linear layer a `quant_method`, which computes the product. This
 by one that then adds the adapters' contribution. Sharding, gathering, reduction, biases and
 quantised weights remain vLLM's business. A compiler sees the addition as one opaque operator; an
 eager model calls it directly. Nothing is added to a batch without adapters.
+
+On a GPU an operator only launches kernels, between CUDA graphs or inside one: everything that the
+host decides is in the context before the model is called.
 """
 
 from __future__ import annotations
@@ -18,15 +21,39 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from polyrex.adapters.serving.layers import ServedLayer, StepContext
+from polyrex.kernels.routing import StepRouting
 
 OPERATOR = "polyrex_add_routed"
 """The operator that a compiled model calls, in vLLM's namespace."""
 
 
+class PaddedContext(StepContext):
+    """The routing of vLLM's steps, which it pads to the sizes of captured graphs."""
+
+    _cut: tuple[StepRouting, StepRouting] | None = None
+
+    def first(self, tokens: int) -> StepRouting | None:
+        """The routing of the first `tokens` tokens, with padding or without; None as in `step`."""
+        step = self.step
+        if step is None or len(step.rows) == tokens:
+            return step
+        if self._cut is None or self._cut[0] is not step or len(self._cut[1].rows) != tokens:
+            self._cut = step, _first(step, tokens)
+        return self._cut[1]
+
+
+def _first(step: StepRouting, tokens: int) -> StepRouting:
+    assert tokens < len(step.rows), "a step larger than the largest graph is not padded"
+    places = None if step.slot_places is None else step.slot_places[:tokens]
+    return StepRouting(
+        step.weights, step.rows[:tokens], step.dtype, step.plan, step.by_slot, places
+    )
+
+
 class RoutedLayer:
     """The adapters of one vLLM linear layer on one rank."""
 
-    def __init__(self, served: ServedLayer, context: StepContext, gathered_ranks: int) -> None:
+    def __init__(self, served: ServedLayer, context: PaddedContext, gathered_ranks: int) -> None:
         """Let `served` add to the layer's output, routed by `context`.
 
         `gathered_ranks` is the number of ranks whose parts of the input are gathered, because the
@@ -38,11 +65,11 @@ class RoutedLayer:
 
     def add(self, y: Tensor, x: Tensor) -> None:
         """Add the adapters' contribution for x [..., d_in] to y [..., columns], in place."""
-        step = self._context.step
-        if step is None:
-            return
         if x.dim() > 2:
             y, x = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        step = self._context.first(len(x))
+        if step is None:
+            return
         if self._gathered_ranks == 1:
             self._served.add_(y, x, step)
             return

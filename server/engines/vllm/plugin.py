@@ -3,6 +3,10 @@
 vLLM calls its LoRA manager once to prepare the model, and before every step with the adapter of
 each token. RouterManager takes that manager's place if polyrex started the engine: it looks up the
 tokens' rows of the routing table, where the id of an adapter is its slot.
+
+On a GPU vLLM calls it likewise before it captures a graph, with made-up adapters or with none. What
+a graph with adapters reads is at fixed addresses, so that a replay adds what the last call said:
+nothing, for tokens of the base model and for padding.
 """
 
 from __future__ import annotations
@@ -24,10 +28,10 @@ from polyrex.adapters.files.inventory import Inventory, read_experts, read_inven
 from polyrex.adapters.methods.protocol import Experts
 from polyrex.adapters.model.base_model import identify
 from polyrex.adapters.serving.builder import LayerBuilder
-from polyrex.adapters.serving.layers import Slice, StepContext
+from polyrex.adapters.serving.layers import Slice
 from polyrex.kernels.routing import RoutingTable
 
-from .layers import RoutedLayer, install, register_operator
+from .layers import PaddedContext, RoutedLayer, install, register_operator
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +73,10 @@ class RouterManager:
         self._inventory = inventory
         self._dtype = vllm_config.model_config.dtype
         self._layers = vllm_config.compilation_config.static_forward_context
-        self._context = StepContext()
+        self._context = PaddedContext()
         self._slots = 1 + vllm_config.lora_config.max_loras  # row 0 is the base model
+        self._sizes = vllm_config.scheduler_config
+        self._padded = _largest_graph(vllm_config.compilation_config)
         self._state_bytes: int = vllm_config.additional_config[CONFIG_KEY]["state_bytes"]
         self._device = device
         self._table: RoutingTable
@@ -84,7 +90,7 @@ class RouterManager:
         inventory.base.check(identify(model), str(inventory.path))
         everyone = read_experts(inventory)
         experts = {each.target.name: (i, each) for i, each in enumerate(everyone)}
-        builder = LayerBuilder(self._dtype, self._device, self._state_bytes)
+        builder = LayerBuilder(self._dtype, self._device, self._state_bytes, self._context)
         packed: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
         for name, layer in model.named_modules():
             if isinstance(layer, LinearBase):
@@ -102,7 +108,8 @@ class RouterManager:
             *inventory.table_shape,
             self._device,
             self._dtype,
-            builder.planner(everyone[0]),
+            builder.planner(everyone[0], min(self._sizes.max_num_seqs, self._slots - 1)),
+            max(self._sizes.max_num_batched_tokens, self._padded),
         )
         return model
 
@@ -111,8 +118,12 @@ class RouterManager:
         self._table.write(slot, row)
 
     def set_active_adapters(self, _requests: object, mapping: LoRAMapping) -> None:
-        """Set the routing of the next step from the adapter of each token."""
-        self._context.step = self._table.step(mapping.index_mapping, self._dtype)
+        """Set the routing of the next step from the adapter of each token, and of its padding."""
+        slots = mapping.index_mapping
+        slots += (0,) * (self._padded - len(slots))
+        self._context.set(self._table.step(slots, self._dtype))
+        # The first step with adapters, before any capture, makes room for as many as can run.
+        assert self._context.generation <= 1, "graphs were captured with states that have moved"
 
     # A task is in its slot before a request names it: there is nothing to load or to evict.
 
@@ -132,7 +143,7 @@ class RouterManager:
         return set()
 
     def remove_all_adapters(self) -> None:
-        self._context.step = None
+        self._context.set(None)
 
     def supports_tower_connector_lora(self) -> bool:
         return False
@@ -143,6 +154,14 @@ class RouterManager:
     @contextmanager
     def dummy_lora_cache(self) -> Iterator[None]:
         yield
+
+
+def _largest_graph(compilation: Any) -> int:
+    """The tokens of the largest step that vLLM pads to the size of a captured graph; 0 for none."""
+    if not compilation.cudagraph_mode:
+        return 0
+    largest: int = compilation.max_cudagraph_capture_size or 0
+    return largest
 
 
 class WorkerExtension:

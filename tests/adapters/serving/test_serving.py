@@ -265,7 +265,7 @@ def test_choice_of_a_backend_says_why() -> None:
     ("spec", "backend", "reason"),
     [
         (AdapterSpec("poly", experts=4), "triton rank space", "rank space on cuda"),
-        (AdapterSpec("tensorpoly-1", experts=4), "triton factored", "rank space on cuda"),
+        (AdapterSpec("tensorpoly-1", experts=4), "triton rank space", "rank space on cuda"),
         (AdapterSpec("tensorpoly-2", experts=4), "triton factored", "leaf space on cuda"),
         (AdapterSpec("trex", form="static"), "triton pair space", "pair space on cuda"),
         (AdapterSpec("mhr", experts=4, splits=2), "pytorch", "mhr has no layer on the Triton"),
@@ -284,10 +284,10 @@ def test_a_device_without_kernels_runs_the_formula() -> None:
     assert found == ("pytorch", "there is no kernel for lora on mps")
 
 
-def test_part_of_a_module_of_leaves_runs_as_a_matrix_on_a_gpu() -> None:
-    experts = drawn(AdapterSpec("tensorpoly-1", rank=3, experts=5), TargetModule("m", 15, 9), 0)
+def test_part_of_a_module_of_leaves_runs_on_a_gpu() -> None:
+    experts = drawn(AdapterSpec("tensorpoly-2", rank=3, experts=5), TargetModule("m", 15, 9), 0)
     part = replace(Slice.whole(0, experts), inputs=slice(0, 5))
-    assert choose([part], torch.bfloat16, torch.device("cuda")).backend.name == "triton rank space"
+    assert choose([part], torch.bfloat16, torch.device("cuda")).backend.name == "triton factored"
 
 
 def test_every_space_has_a_row_for_the_cpu(small_specs: tuple[AdapterSpec, ...]) -> None:

@@ -22,17 +22,22 @@ from triton.compiler import ASTSource
 
 from bench.cases import EXPERTS, RANK, SHAPES_8B, SHAPES_135M
 from polyrex.kernels.gpu import factored, pair_space, rank_space
-from polyrex.kernels.gpu.rank_space import Tile
+from polyrex.kernels.gpu.rank_space import MOST_PARTS, Tile
 from polyrex.kernels.leaf_size import leaf_size
 
 TARGETS = (80, 90)  # A100, H100
 BYTES = 2  # of a number in bfloat16
 WIDTHS = sorted({width for shapes in (SHAPES_135M, SHAPES_8B) for width, *_ in shapes.values()})
+ALIGNED = [["tt.divisibility", 16]]
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
-Pointers = dict[str, str | None]
-"""The types of a kernel's pointers; None where the argument is left out."""
+Types = dict[str, str | tuple[str, ...] | None]
+"""The types of a kernel's arguments that are no 32-bit numbers; None where one is left out."""
+PACKED = ("i32",) * 2
+"""The type of a number for each of two packed modules."""
+COLUMNS = 8192
+"""The outputs of both."""
 
 
 class Build(NamedTuple):
@@ -41,7 +46,7 @@ class Build(NamedTuple):
     kernel: Any
     use: str
     tile: Tile
-    pointers: Pointers
+    types: Types
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -60,52 +65,51 @@ class Resources(NamedTuple):
 
 
 def builds() -> Iterator[Build]:
-    """Every kernel with each tile that the launchers choose at these shapes."""
-    pointers: Pointers = dict.fromkeys(("x", "a", "b", "y", "weights", "pairs"), "*bf16")
-    pointers |= {"h": "*fp32", "parts": "*fp32"}
-    for tokens in (16, 32, 2048):
-        use = f"T={tokens}"
-        tile = rank_space.shrink_tile(tokens, EXPERTS, RANK, BYTES)
-        yield Build(rank_space.routed_shrink_kernel, use, tile, pointers)
-        tile = rank_space.expand_tile(tokens, EXPERTS, RANK, BYTES)
-        yield Build(rank_space.routed_expand_kernel, use, tile, pointers)
-        for form in ("pairs", "diagonal"):
-            tile = pair_space.pair_tile(tokens, 16, 16, BYTES, diagonal=form == "diagonal")
-            yield Build(pair_space.pair_shrink_kernel, f"{form} {use}", tile, pointers)
-    shared: Pointers = pointers | {
-        "first": "*bf16",
-        "second": "*bf16",
-        "shift": "*fp32",
-        "rows": None,
-    }
-    own: Pointers = shared | {"first": "*fp32", "second": "*fp32", "rows": "*i64", "weights": None}
-    methods = ("tensorpoly-1", EXPERTS, BYTES, shared), ("tensorpoly-2", 1, 4, own)
-    for method, experts, size, types in methods:
-        for width in WIDTHS:
-            leaf = leaf_size(width, 2)
-            sides = factored.Sides(RANK, leaf, leaf, size, "tf32")
-            for tokens in (32, 2048):
-                use, shift = f"{method} d={width} T={tokens}", {"ROWS_A_SHIFT": RANK}
-                tile = {**factored.shrink_tile(tokens, experts, sides), **shift}
-                yield Build(factored.factored_shrink_kernel, use, tile, types)
-                tile = {**factored.expand_tile(tokens, experts, sides), **shift}
-                yield Build(factored.factored_expand_kernel, use, tile, types)
+    """Every kernel with each tile that the launchers choose at these shapes, two modules packed."""
+    types: Types = dict.fromkeys(("x", "a", "b", "y", "states"), "*bf16")
+    types |= dict.fromkeys(("table", "parts", "weights"), "*fp32")
+    types |= dict.fromkeys(("rows", "places", "indices"), "*i64")
+    types |= dict.fromkeys(("starts", "columns", "begins", "widths", "offsets"), PACKED)
+    packed = {"MODULES": len(PACKED)}
+    tile = rank_space.shrink_tile(EXPERTS, RANK, BYTES)
+    yield Build(rank_space.routed_shrink_kernel, "any T", tile, types)
+    for tokens in (32, 64, 2048):
+        use, parts = f"T={tokens}", MOST_PARTS if tokens <= 64 else 1
+        for form, experts in (("experts", EXPERTS), ("pairs", 1)):
+            tile = rank_space.expand_tile(tokens, COLUMNS, experts, RANK, BYTES, parts)
+            own = types if experts > 1 else types | {"weights": None}
+            yield Build(rank_space.routed_expand_kernel, f"{form} {use}", packed | tile, own)
+        tile = pair_space.pair_tile(tokens, RANK, RANK, BYTES)
+        yield Build(pair_space.pair_shrink_kernel, use, tile, types)
+    for width in WIDTHS:
+        leaf = leaf_size(width, 2)
+        sides = [factored.LeafSide(0, RANK, leaf, leaf, 0, width)] * len(PACKED)
+        for tokens in (8, 2048):
+            use, tile = f"d={width} T={tokens}", factored.shrink_tile(tokens, sides, BYTES)
+            yield Build(factored.factored_shrink_kernel, use, tile, types)
+            parts = sides[0].blocks(tile["BLOCK_U"])
+            tile = factored.expand_tile(tokens, sides, BYTES, parts)
+            yield Build(factored.factored_expand_kernel, use, tile, types)
 
 
 def compile_for(build: Build, target: int) -> Resources:
     """Compile for compute capability `target` (80 for sm_80) and read the result's resources."""
     names = build.kernel.arg_names
     constants: dict[str, Any] = {name: build.tile[name] for name in names if name in build.tile}
-    signature, attributes = dict[str, str](), {}
+    signature = dict[str, str | tuple[str, ...]]()
+    attributes = dict[tuple[int, ...], list[list[Any]]]()
     for position, name in enumerate(names):
-        kind = build.pointers.get(name, "i32")
+        kind = build.types.get(name, "i32")
         if name in constants or kind is None:
             constants.setdefault(name, None)
             signature[name] = "constexpr"
             continue
         signature[name] = kind
-        if name not in ("tokens", "modules"):  # addresses, widths and strides come in sixteens
-            attributes[(position,)] = [["tt.divisibility", 16]]
+        if isinstance(kind, tuple):
+            for member in range(len(kind)):
+                attributes[(position, member)] = ALIGNED
+        elif name != "tokens":  # addresses, widths and strides come in sixteens
+            attributes[(position,)] = ALIGNED
     source = ASTSource(build.kernel, signature, constants, attributes)
     options = {name: build.tile[name] for name in OPTIONS}
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
@@ -133,7 +137,7 @@ def table() -> str:
         "",
         f"Written by `make triton-table` with Triton {triton.__version__}:",
         "`python -m bench.kernels.triton_resources --out tests/results/triton_resources.md`.",
-        "bfloat16, E = 8, r = 16, I = J = 16; tensorpoly-2's leaves are float32.",
+        "bfloat16, E = 8, r = 16, I = J = 16; two modules are packed.",
         "",
         "| kernel | use | tile | target | registers/thread | spilled bytes | shared KiB |",
         "|---|---|---|---|---|---|---|",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from polyrex.kernels.gpu.rank_space import routed_expand, routed_shrink
+from polyrex.kernels.gpu.rank_space import OutputSides, TableRows, routed_expand, routed_shrink
 from polyrex.kernels.rank_space import rank_space_reference
 from support.cases import RANK_SPACE_CASES, RankSpaceCase, rank_space_inputs, relative_rms
 
@@ -22,14 +22,21 @@ CASES = (
 pytestmark = pytest.mark.usefixtures("scratch_of_nans")
 
 
+def routing(weights: Tensor) -> TableRows:
+    """A table [L, M, E] and rows with which tokens read `weights` [T, n, E], its modules last."""
+    table = torch.nn.functional.pad(weights.flip(0), (0, 0, 2, 0), value=7)  # two other modules
+    rows = torch.arange(len(weights) - 1, -1, -1, device=weights.device)
+    indices = torch.arange(2, table.shape[1], device=weights.device)
+    return TableRows(table.contiguous(), rows, indices)
+
+
 def adapted(y: Tensor, x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     """y + delta by the kernels, in a slice of a wider tensor, like a packed projection's output."""
     tokens, d_out = y.shape
     packed = y.new_full((tokens, d_out + 8), 3)
     packed[:, 3:-5] = y
-    h = routed_shrink(x, a[0], weights)
-    assert h.dtype == torch.float32
-    routed_expand(packed[:, 3:-5], h[:, 0], b[0], weights[:, 0])
+    hidden = routed_shrink(x, a[0], routing(weights))
+    routed_expand(packed, hidden, OutputSides.of([(3, b[0])]))
     assert torch.equal(packed[:, :3], torch.full_like(packed[:, :3], 3))
     assert torch.equal(packed[:, -5:], torch.full_like(packed[:, -5:], 3))
     return packed[:, 3:-5]
@@ -73,17 +80,45 @@ def test_tolerance_tells_a_wrong_product(
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_modules_that_share_an_input_each_have_their_routing(
-    dtype: torch.dtype, device: torch.device
+@pytest.mark.parametrize(("tokens", "experts"), [(5, 4), (70, 4), (70, 1), (700, 1)])
+def test_packed_modules_each_have_their_routing_and_their_columns(
+    tokens: int, experts: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    tokens, modules, experts, rank, d_in = 5, 3, 4, 6, 300
+    """Three modules in one launch each way; the second begins in the middle of a block."""
+    rank, d_in, widths, columns = 6, 300, (140, 3, 30), (0, 141, 150)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(tokens, d_in + 7, generator=generator).to(device, dtype)[:, :d_in]
-    a = torch.randn(modules, experts, rank, d_in, generator=generator).to(device, dtype)
-    weights = torch.rand(tokens, modules, experts, generator=generator).to(device)
-    h = routed_shrink(x, a.flatten(0, 2), weights)
-    expected = torch.einsum("tne,nekd,td->tnk", weights, a.float(), x.float())
-    assert relative_rms(h, expected) <= TOLERANCE[dtype]
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    x = normal(tokens, d_in + 7)[:, :d_in]
+    a, sides = normal(3, experts, rank, d_in), [normal(experts, rank, width) for width in widths]
+    weights = torch.rand(tokens, 3, experts, generator=generator).to(device)
+    y, expected = torch.ones(2, tokens, 181, device=device).to(dtype)
+    b = OutputSides.of([(c, side.flatten(0, 1)) for c, side in zip(columns, sides, strict=True)])
+    routed_expand(y, routed_shrink(x, a.flatten(0, 2), routing(weights)), b)
+    hidden = torch.einsum("tne,nekd,td->tnk", weights, a.float(), x.float())
+    expected = expected.float()
+    for n, (side, column, width) in enumerate(zip(sides, columns, widths, strict=True)):
+        delta = torch.einsum("te,tk,eko->to", weights[:, n], hidden[:, n], side.float())
+        expected[:, column : column + width] += delta
+    assert relative_rms(y, expected) <= TOLERANCE[dtype]
+    assert torch.equal(y[:, 140], torch.ones_like(y[:, 140]))  # between two modules
+    assert relative_rms(y[:, 150:180], expected[:, 141:171]) > 2 * TOLERANCE[dtype]
+
+
+def test_results_are_the_same_in_every_run(device: torch.device) -> None:
+    """To the last bit: no sum depends on which program comes first."""
+    case = RankSpaceCase(3, 1000, 70, 9, 20, popularity="distinct")
+    y, inputs = inputs_on(device, case, torch.float32)
+    first = adapted(y, *inputs)
+    assert all(torch.equal(adapted(y, *inputs), first) for _ in range(3))
+
+
+def test_routing_of_too_few_tokens_is_refused(device: torch.device) -> None:
+    _, (x, a, _, weights) = inputs_on(device, RankSpaceCase(5, 70, 66, 3, 2), torch.float32)
+    with pytest.raises(AssertionError, match="expected routing for 5 tokens, got it for 4"):
+        routed_shrink(x, a[0], routing(weights[:4]))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

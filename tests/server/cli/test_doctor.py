@@ -135,11 +135,11 @@ def test_a_missing_compiler_is_named_with_what_runs_instead(tmp_path: Path) -> N
 
 
 def test_vllm_is_needed_by_its_engine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("polyrex.server.engines.vllm.version.SUPPORTED_VERSIONS", ("9.9",))
+    monkeypatch.setattr("polyrex.server.engines.vllm.version.SUPPORTED", "==9.9")
     assert installation.vllm(Launch()).status is Status.note
     needed = installation.vllm(Launch(engine=EngineName.vllm))
     assert needed.status is Status.missing
-    assert "polyrex works with vLLM 9.9" in needed.found or "not installed" in needed.found
+    assert "polyrex works with vLLM ==9.9" in needed.found or "not installed" in needed.found
 
 
 def test_memory_is_what_the_engine_allocates() -> None:

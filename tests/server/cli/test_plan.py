@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,5 +142,5 @@ def test_given_speeds_stand_in_for_the_devices(monkeypatch: pytest.MonkeyPatch) 
     assert cli_plan.device_limits("cpu", 2, None) == DeviceLimits(2e9, 7e9)
     monkeypatch.delattr(device_limits, "measure_device")
     assert cli_plan.device_limits("cpu", 2, 3) == DeviceLimits(2e9, 3e12)
-    assert cli_plan.device_limits("h100", 2, 3) == DeviceLimits(2e9, 3e12, 80e9)
+    assert cli_plan.device_limits("h100", 2, 3) == replace(GPUS["h100"], bandwidth=2e9, flops=3e12)
     assert "measured or given" in run("--model", "smollm2-135m", "--gpu", "h100", "--tflops", "3")

@@ -88,6 +88,7 @@ def test_worker_gets_the_servers_model_inventory_and_rows(
     assert job["base"] == "base"
     assert job["rows"] == ROWS
     assert job["task"] == "fitted"
+    assert job["device"] == "auto"
     assert Path(job["inventory"]).exists()
 
 

@@ -21,6 +21,7 @@ from polyrex.training.loop.run import LoopConfig, run
 from polyrex.training.model.multi_task import MultiTaskModel
 
 MakeAdapted = Callable[[AdapterSpec], AdaptedModel]
+CPU = torch.device("cpu")
 SPEC = AdapterSpec("poly", rank=3, experts=4)
 LOOP = LoopConfig(steps=6, batch_rows=5, warmup=2, sample_routing=False)
 
@@ -43,22 +44,28 @@ def test_accumulated_steps_are_the_same_steps(
 def test_parts_hold_every_row_once() -> None:
     rows = [Example(number, (1,), (2,)) for number in range(7)]
     for parts in range(1, 10):
-        found = list(Ranks().own_parts(rows, parts))
+        found = list(Ranks(CPU).own_parts(rows, parts))
         assert [row for part in found for row in part] == rows
         assert all(found)
         assert len(found) <= parts
 
 
-def test_processes_meet_on_the_cpu_where_there_is_a_gpu_too(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), ("cuda:1", "nccl")])
+def test_processes_meet_where_their_gradients_lie(
+    monkeypatch: pytest.MonkeyPatch, device: str, backend: str
 ) -> None:
-    """Gradients are on the CPU, where NCCL cannot sum them."""
-    backends: list[str] = []
+    """Even where there is a card that they do not use."""
+    joined: list[str] = []
+    cards: list[torch.device] = []
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.distributed, "init_process_group", backends.append)
-    Ranks()
-    assert backends == ["gloo"]
+    monkeypatch.setattr(torch.cuda, "set_device", cards.append)
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda name, **_: joined.append(name)
+    )
+    Ranks(torch.device(device))
+    assert joined == [backend]
+    assert cards == ([torch.device(device)] if backend == "nccl" else [])
 
 
 def test_two_processes_train_what_one_does(

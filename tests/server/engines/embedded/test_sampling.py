@@ -80,6 +80,75 @@ def test_top_p_holds_over_a_flat_vocabulary() -> None:
     assert 1000 < len(counts) <= 2048
 
 
+MIXED = (
+    SamplingParams(1, temperature=0.0),
+    SamplingParams(1),
+    SamplingParams(1, temperature=0.7, top_p=0.9),
+    SamplingParams(1, temperature=1.3, top_p=0.999),
+    SamplingParams(1, temperature=1e-30),
+    SamplingParams(1, temperature=0.5, top_p=0.01, logprobs=0),
+    SamplingParams(1, logprobs=3),
+)
+
+
+def draws(count: int, seed: int = 0) -> list[Draw]:
+    """Draws of all kinds, each with a generator of its own."""
+    return [
+        Draw(MIXED[row % len(MIXED)], torch.Generator().manual_seed(seed + row))
+        for row in range(count)
+    ]
+
+
+def drawn_alone(row: torch.Tensor, draw: Draw) -> int:
+    """The slow twin: one row, sorted as a whole."""
+    sampling = draw.sampling
+    if sampling.temperature == 0:
+        return int(row.argmax())
+    probabilities = ((row - row.max()) / sampling.temperature).softmax(-1)
+    ids = torch.arange(len(row))
+    if sampling.top_p < 1:
+        probabilities, ids = probabilities.sort(descending=True)
+        kept = probabilities.cumsum(-1) - probabilities < sampling.top_p
+        kept[0] = True
+        probabilities, ids = probabilities[kept], ids[kept]
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    uniform = torch.rand((), generator=draw.generator, dtype=torch.float64)
+    return int(ids[torch.searchsorted(cumulative, cumulative[-1] * uniform, right=True)])
+
+
+@pytest.mark.parametrize("vocabulary", [3, 1000, 30000])
+@pytest.mark.parametrize("spread", [0.01, 3.0])
+def test_many_rows_at_once_are_drawn_as_one_by_one(vocabulary: int, spread: float) -> None:
+    logits = torch.randn(21, vocabulary, generator=torch.Generator().manual_seed(1)) * spread
+    found = [token.id for token in choose(logits, draws(21)) if isinstance(token, Token)]
+    alone = [drawn_alone(row, draw) for row, draw in zip(logits, draws(21), strict=True)]
+    assert found == alone
+    # A wrong case: each row is drawn with the number of another request.
+    others = [drawn_alone(row, draw) for row, draw in zip(logits, draws(21, seed=1), strict=True)]
+    assert found != others
+
+
+def test_each_row_gets_the_alternatives_that_it_asks_for() -> None:
+    logits = torch.randn(21, 50, generator=torch.Generator().manual_seed(1))
+    for token, draw, row in zip(choose(logits, draws(21)), draws(21), logits, strict=True):
+        assert isinstance(token, Token)
+        assert len(token.top) == (draw.sampling.logprobs or 0)
+        if draw.sampling.logprobs is not None:
+            assert token.logprob == pytest.approx(row.log_softmax(-1)[token.id].item())
+            best = row.log_softmax(-1).topk(draw.sampling.logprobs)
+            assert [one for one, _ in token.top] == best.indices.tolist()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_broken_rows_change_no_other(value: float) -> None:
+    logits = torch.randn(21, 50, generator=torch.Generator().manual_seed(1))
+    whole = choose(logits, draws(21))
+    logits[3:9] = value
+    broken = choose(logits, draws(21))
+    assert all(isinstance(token, Exception) for token in broken[3:9])
+    assert broken[:3] + broken[9:] == whole[:3] + whole[9:]
+
+
 def test_one_broken_row_is_one_error() -> None:
     logits = torch.stack([LOGITS, LOGITS * float("nan"), LOGITS])
     draws = [Draw(SamplingParams(max_tokens=1, temperature=0.0), torch.Generator())] * 3

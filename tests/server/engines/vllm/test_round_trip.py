@@ -83,7 +83,8 @@ def train(base_path: str, spec: AdapterSpec, folder: Path) -> Trained:
     inventory = read_inventory(folder / "inventory.safetensors")
     logprobs: dict[str | None, list[Tensor]] = {None: [said(model, ids) for ids in PROMPTS]}
     for number, name in enumerate(TASKS):
-        with model.routed(torch.tensor([number])):
+        one = model.logits[number : number + 1], torch.zeros(1, dtype=torch.int64)
+        with model.routed(*one):
             logprobs[name] = [said(model, ids) for ids in PROMPTS]
     tasks: dict[str | None, TaskVersion | None] = {name: read(inventory, name) for name in TASKS}
     return Trained(inventory, {None: None, **tasks}, logprobs)

@@ -12,8 +12,6 @@ from polyrex.adapters.files.inventory import Inventory
 from polyrex.adapters.files.task import TaskVersion
 from polyrex.server.engines.base import SamplingParams
 from polyrex.server.engines.embedded.engine import EmbeddedEngine
-from polyrex.server.engines.vllm.version import check_version
-from polyrex.server.errors import StartError
 from support.engine_calls import MakeTask, at_once, prompt
 from support.running_vllm import Running, running_vllm
 
@@ -68,9 +66,3 @@ def test_abandoned_request_gives_its_slot_back(vllm: Running, make_task: MakeTas
     vllm.abandon(prompt(4), make_task(31))
     assert vllm.engine.stats().slots_used == 0
     assert vllm.answers([(prompt(4), make_task(31))], GREEDY)[0].finish_reason == "length"
-
-
-def test_unsupported_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("polyrex.server.engines.vllm.version.SUPPORTED_VERSIONS", ("9.9",))
-    with pytest.raises(StartError, match=r"polyrex works with vLLM 9\.9"):
-        check_version()
