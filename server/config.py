@@ -68,6 +68,8 @@ class EmbeddedConfig:
     kv_cache_tokens: PositiveInt = 16384
     """Tokens whose keys and values fit in the cache, of all running requests together. Allocated
     at start: for SmolLM2-135M 23 KB a token in bfloat16, 46 KB in float32."""
+    cuda_graphs: bool = True
+    """On a GPU, record decode steps as CUDA graphs at start, and replay them."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,9 @@ class VllmEngineConfig:
     """Run without compiling and without CUDA graphs: starts sooner, answers more slowly."""
     tensor_parallel: Annotated[PositiveInt, Parameter(alias="--tensor-parallel")] = 1
     """Ranks that share the model."""
+    experimental_graphs: bool = False
+    """On a GPU, let CUDA graphs of decode steps hold the adapters too. It has not run on a GPU
+    yet."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +150,6 @@ class Launch:
     """Device that the model runs on; auto is CUDA where there is one."""
     engine: Annotated[EngineName, _MODEL] = EngineName.embedded
     """Engine that runs the model."""
-    gpu_graphs: Annotated[bool, _MODEL] = False
-    """Record decode steps as CUDA graphs, and replay them: experimental. Without a card, it changes
-    nothing."""
     embedded: Annotated[EmbeddedConfig, _EMBEDDED] = EmbeddedConfig()
     vllm: Annotated[VllmEngineConfig, _VLLM] = VllmEngineConfig()
     api_key_file: Annotated[Path | None, _SERVER] = None

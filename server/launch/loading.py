@@ -81,8 +81,7 @@ def _embedded(launch: Launch, base: str, inventory: Inventory) -> Engine:
     def make() -> Engine:
         model = load_base(base, torch_dtype(launch.dtype), pick_device(launch.device))
         adapted = load_experts(inventory, model)
-        graphs = launch.gpu_graphs
-        return EmbeddedEngine(adapted, inventory, launch.embedded, gpu_graphs=graphs)
+        return EmbeddedEngine(adapted, inventory, launch.embedded)
 
     return in_passing_thread(make)
 
@@ -96,7 +95,7 @@ def _vllm(launch: Launch, base: str, inventory: Inventory) -> Engine:
         raise StartError(
             f"the vllm engine needs vLLM, which cannot be imported: {error}"
         ) from error
-    return VllmEngine(base, inventory, launch.vllm, launch.dtype, gpu_graphs=launch.gpu_graphs)
+    return VllmEngine(base, inventory, launch.vllm, launch.dtype)
 
 
 _ENGINES = {EngineName.embedded: _embedded, EngineName.vllm: _vllm}

@@ -7,6 +7,7 @@ is one JSON document.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import accumulate, product
@@ -125,6 +126,7 @@ def held(*tensors: Tensor) -> int:
 
 def peak_of(call: Callable[[], None]) -> int:
     """The largest sum of what PyTorch allocates on the CPU during a call, beyond what is there."""
+    gc.collect()  # or what an earlier call has left may be freed meanwhile, and is subtracted
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         call()
     results: Any = profiled.profiler

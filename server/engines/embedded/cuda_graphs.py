@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import torch
 
-from .decode_steps import Record, Replay
-
-logger = logging.getLogger(__name__)
+from .decode_steps import Replay
 
 _WARM_UPS = 2  # the first one compiles kernels, which a graph cannot hold
-
-
-def choose_record(device: torch.device, *, graphs: bool) -> Record | None:
-    """What records decode steps, if anything does: with `graphs`, CUDA graphs where there is CUDA.
-
-    Logs which it is.
-    """
-    if device.type != "cuda":
-        if graphs:
-            logger.info("no CUDA graphs: the model runs on %s", device)
-        return None
-    logger.info("decode steps run %s", "as CUDA graphs (experimental)" if graphs else "eagerly")
-    return CudaGraphs() if graphs else None
 
 
 class CudaGraphs:

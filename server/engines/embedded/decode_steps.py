@@ -1,9 +1,10 @@
 """Decode steps whose inputs lie at fixed addresses, in few shapes: what a CUDA graph can hold.
 
 A decode step computes one token of each of its requests. Its shape is a number of requests and a
-number of cache blocks for each, both rounded up, and whether adapters are added. The first step of
-a shape is recorded, the later ones are replayed. cuda_graphs.py records on a GPU; anything that
-calls the recorded function again does as well, and is how tests run this on a CPU.
+number of cache blocks for each, both rounded up, and whether adapters are added. A shape is
+recorded once: those of short requests at the engine's start, any other by the first step that has
+it. cuda_graphs.py records on a GPU; anything that calls the recorded function again does as well,
+and is how tests run this on a CPU.
 """
 
 from __future__ import annotations
@@ -58,11 +59,26 @@ class DecodeSteps:
         self._inputs = torch.zeros(size, dtype=torch.int64, device=device)
         self._logits = torch.empty(most, vocabulary, device=device)  # float32, as they are drawn
         self._model, self._cache, self._routing, self._record = model, cache, routing, record
+        self._most = most
         self._replays: dict[Shape, Replay] = {}
         self._generation = routing.generation
         self._unable = False
         self._filled = (0, 0)  # requests and blocks in the inputs
         self._tables: list[list[int]] = []  # the blocks of each request in the inputs
+
+    def prepare(self) -> None:
+        """Record the steps of short requests, so that nobody waits for it later.
+
+        The largest come first: the others fit into their memory.
+        """
+        room = len(self._inputs) - 2 * self._most
+        for requests in sorted({rounded(n + 1) for n in range(self._most)}, reverse=True):
+            for adapters in (False, True):
+                if not self._unable and requests * _FEWEST_BLOCKS <= room:
+                    self._fill(requests, _FEWEST_BLOCKS, Batch.pack(()), ())
+                    self._routing.rehearse(requests, adapters=adapters)
+                    self._recorded(Shape(requests, _FEWEST_BLOCKS, adapters))
+        logger.info("%d sizes of decode steps are recorded", len(self._replays))
 
     def run(self, batch: Batch) -> Tensor | None:
         """The logits [requests, vocabulary] of a batch, until the next one; None if it must run
@@ -79,10 +95,17 @@ class DecodeSteps:
         self._fill(requests, blocks, batch, tables)
         padding = [0] * (requests - len(tables))
         adapters = self._routing.route([*batch.slots, *padding])
+        replay = self._recorded(Shape(requests, blocks, adapters))
+        if replay is None:
+            return None
+        replay()
+        return self._logits[: len(tables)]
+
+    def _recorded(self, shape: Shape) -> Replay | None:
+        """What replays the step of a shape; None if the model's steps cannot be recorded."""
         if self._generation != self._routing.generation:
             self._generation = self._routing.generation
             self._replays.clear()
-        shape = Shape(requests, blocks, adapters)
         if shape not in self._replays:
             try:
                 self._replays[shape] = self._record(self._step(shape))
@@ -90,8 +113,7 @@ class DecodeSteps:
                 logger.warning("decode steps cannot be recorded, and run eagerly: %s", error)
                 self._unable = True
                 return None
-        self._replays[shape]()
-        return self._logits[: len(tables)]
+        return self._replays[shape]
 
     def _fill(self, requests: int, blocks: int, batch: Batch, tables: Sequence[list[int]]) -> None:
         """Put a batch in the inputs; what pads is token 0 at position 0, in the spare block."""

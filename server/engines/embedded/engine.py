@@ -34,7 +34,7 @@ from polyrex.server.engines.base import EngineStats, GenerationRequest, TokenChu
 from polyrex.server.engines.warm_up import warm_up
 from polyrex.server.errors import EngineStopped
 
-from .cuda_graphs import choose_record
+from .cuda_graphs import CudaGraphs
 from .generation import Generation
 from .runner import Delivery, ModelRunner
 
@@ -58,21 +58,11 @@ class EmbeddedEngine:
     Everything that changes belongs to the engine's thread, which is reached through the inbox.
     """
 
-    def __init__(
-        self,
-        adapted: AdaptedModel,
-        inventory: Inventory,
-        config: EmbeddedConfig,
-        *,
-        gpu_graphs: bool = False,
-    ) -> None:
-        """`adapted` has the inventory's experts. Raises StartError if the sizes cannot work.
-
-        With `gpu_graphs`, decode steps run as CUDA graphs where there is CUDA.
-        """
+    def __init__(self, adapted: AdaptedModel, inventory: Inventory, config: EmbeddedConfig) -> None:
+        """`adapted` has the inventory's experts. Raises StartError if the sizes cannot work."""
         self._inventory = inventory
         device = next(adapted.model.parameters()).device
-        record = choose_record(device, graphs=gpu_graphs)
+        record = CudaGraphs() if config.cuda_graphs and device.type == "cuda" else None
         self._runner = ModelRunner(adapted, inventory, config, record)
         self._inbox: queue.SimpleQueue[Generation | _Abort | _Stop] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="polyrex-engine", daemon=True)
@@ -123,6 +113,7 @@ class EmbeddedEngine:
     def _run(self) -> None:
         try:
             with torch.inference_mode():
+                self._runner.prepare()
                 while self._receive():
                     self._runner.step()
                     _deliver(self._runner.take_deliveries())

@@ -91,6 +91,12 @@ class ModelRunner:
             adapter_steps=self._routing.steps,
         )
 
+    def prepare(self) -> None:
+        """Do what would otherwise delay the first requests."""
+        if self._decodes is not None:
+            with attention_kernels(self._device):
+                self._decodes.prepare()
+
     def add(self, generation: Generation) -> None:
         """Put a request at the end of the queue."""
         self._scheduler.waiting.append(generation)

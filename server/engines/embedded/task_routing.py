@@ -66,5 +66,12 @@ class TaskRouting:
             self._steps[step.plan.path] += 1
         return step is not None
 
+    def rehearse(self, tokens: int, *, adapters: bool) -> None:
+        """Set the routing of a forward pass that answers nobody, and is not counted.
+
+        With `adapters`, its first token belongs to whatever is in slot 1.
+        """
+        self._context.set(self._table.step([int(adapters), *[0] * (tokens - 1)], self._dtype))
+
     def _write(self, slot: int, task: TaskVersion) -> None:
         self._table.write(slot, task.router.weights)

@@ -61,15 +61,10 @@ class VllmEngine:
         inventory: Inventory,
         config: VllmEngineConfig,
         dtype: str,
-        *,
-        gpu_graphs: bool = False,
     ) -> None:
-        """`model` is a folder or hub id. `check_build` says whether this vLLM will do.
-
-        With `gpu_graphs`, CUDA graphs of decode steps hold the adapters too.
-        """
+        """`model` is a folder or hub id. `check_build` says whether this vLLM will do."""
         self._inventory = inventory
-        self._arguments = _arguments(model, inventory, config, dtype, gpu_graphs)
+        self._arguments = _arguments(model, inventory, config, dtype)
         self._slots = SlotCache(config.slots, self._write)
         self._writes: dict[int, asyncio.Future[Any]] = {}  # by slot
         self._vacancy = asyncio.Event()
@@ -175,7 +170,7 @@ class VllmEngine:
 
 
 def _arguments(
-    model: str, inventory: Inventory, config: VllmEngineConfig, dtype: str, gpu_graphs: bool
+    model: str, inventory: Inventory, config: VllmEngineConfig, dtype: str
 ) -> AsyncEngineArgs:
     ours = {
         "inventory": str(inventory.path.resolve()),
@@ -198,7 +193,7 @@ def _arguments(
         worker_cls=_worker_class(config.eager),
         worker_extension_cls=_dotted_name(WorkerExtension),
         additional_config={CONFIG_KEY: ours},
-        **_graphs(config.eager, gpu_graphs),
+        **_graphs(config.eager, config.experimental_graphs),
     )
 
 

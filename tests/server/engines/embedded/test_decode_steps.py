@@ -23,7 +23,6 @@ from polyrex.kernels import routing
 from polyrex.server.config import EmbeddedConfig
 from polyrex.server.engines.base import GenerationRequest, SamplingParams
 from polyrex.server.engines.embedded import decode_steps
-from polyrex.server.engines.embedded.cuda_graphs import choose_record
 from polyrex.server.engines.embedded.decode_steps import Record, Replay, rounded
 from polyrex.server.engines.embedded.generation import Generation
 from polyrex.server.engines.embedded.runner import ModelRunner
@@ -237,13 +236,30 @@ def test_a_model_that_cannot_be_recorded_answers_all_the_same(
     ]
 
 
-def test_without_a_card_graphs_change_nothing_and_say_so(
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize("by_slot", [False, True], ids=["gathered", "by slot"])
+def test_what_is_recorded_at_start_serves_all_short_requests(
+    by_slot: bool,
+    small_base: str,
+    inventory: Inventory,
+    loop: asyncio.AbstractEventLoop,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with caplog.at_level("INFO"):
-        assert choose_record(torch.device("cpu"), graphs=False) is None
-        assert choose_record(torch.device("cpu"), graphs=True) is None
-    assert caplog.messages == ["no CUDA graphs: the model runs on cpu"]
+    if by_slot:
+        monkeypatch.setattr(routing, "reads_by_slot", lambda _: True)
+    record = Recorded()
+    runner = runner_of(small_base, inventory, record)
+    with torch.inference_mode():
+        runner.prepare()
+    # 1, 2, 3, 4, 6, 8, 12, 16 and 24 requests, with and without adapters
+    assert len(record.functions) == 18
+    assert not runner.stats(0).adapter_steps
+    short = [(prompt[:20], task) for prompt, task in requests([None, make_task(inventory, 1)] * 5)]
+    expected = answers(runner_of(small_base, inventory, None), short, loop)
+    assert answers(runner, short, loop) == expected
+    assert len(record.functions) == 18
+    longer = [(prompt * 3, task) for prompt, task in requests([make_task(inventory, 1)] * 3)]
+    answers(runner, longer, loop)
+    assert len(record.functions) > 18
 
 
 def test_numbers_are_rounded_up_by_a_third_at_most() -> None:
