@@ -62,8 +62,9 @@ class _Kind:
 class LeafStates:
     """The states of one model's tasks, `values` [places, size]: a task's state is a row of it."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.generation = 0
+    def __init__(self, dtype: torch.dtype, generation: int = 0) -> None:
+        """`generation` is where to count from: above that of states whose place these take."""
+        self.generation = generation
         """It increases when `values` has moved."""
         self._dtype = dtype
         self._kinds: dict[Hashable, _Kind] = {}

@@ -57,7 +57,7 @@ class StepRouting:
     # One unbind for all modules: the gradient of indexing one would be a tensor of the size of all.
     @cached_property
     def row_weights(self) -> tuple[Tensor, ...]:
-        """M times [D, W] float32."""
+        """M times [D, W] in the dtype of `weights`."""
         return self.weights.unbind(1)
 
     @cached_property
@@ -94,7 +94,7 @@ class ModuleRouting:
 
     @property
     def weights(self) -> Tensor:
-        """[D, W] float32: the module's part of the distinct rows."""
+        """[D, W]: the module's part of the step's rows, in their dtype."""
         return self.step.row_weights[self.index]
 
     @property

@@ -54,7 +54,7 @@ class EngineName(StrEnum):
 
 @dataclass(frozen=True)
 class EmbeddedConfig:
-    """Sizes of the embedded engine."""
+    """How the embedded engine runs."""
 
     max_batch_tokens: PositiveInt = 512
     """Most tokens, of prompts and completions, in one forward pass."""

@@ -26,7 +26,7 @@ from polyrex.adapters.files.router import RouterMetadata, write_router
 from polyrex.adapters.methods.protocol import LearningRates
 from polyrex.adapters.model.attach import AdaptedModel
 from polyrex.adapters.model.base_model import DEFAULT_BASE, Quantisation
-from polyrex.adapters.model.devices import pick_device
+from polyrex.adapters.model.devices import device_name, pick_device
 from polyrex.adapters.model.sentence_encoder import SentenceEncoder
 from polyrex.adapters.rows import Row
 from polyrex.training.data.batches import Example, by_length, encode_rows
@@ -131,7 +131,14 @@ def adapt(config: AdaptConfig) -> Path:
     router = config.out / f"{task.name}.safetensors"
     write_router(router, logits, inventory.spec, metadata)
     record = {
-        "config": {"mode": config.mode, "rows": len(rows), "loop": asdict(config.loop)},
+        "config": {
+            "mode": config.mode,
+            "rows": len(rows),
+            "loop": asdict(config.loop),
+            "dtype": config.dtype,
+            "device": device_name(device),
+            "quantize": config.quantize,
+        },
         "task": task.name,
         "started_from": start,
         "inventory_sha256": inventory.sha256,

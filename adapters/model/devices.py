@@ -39,8 +39,8 @@ def device_name(device: torch.device) -> str:
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device. Where that is a card, the host does not wait for the copy."""
     if tensor.device.type == "cpu" and device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)  # to the CPU, the host must wait: it could read too early
 
 
 def _there(cards: int) -> str:

@@ -34,8 +34,10 @@ class LayerBuilder:
         context: StepContext | None = None,
     ) -> None:
         self._dtype, self._device, self._state_bytes = dtype, device, state_bytes
-        self._states = LeafStates(dtype)
         self.context = context or StepContext()
+        earlier = self.context.states
+        # Layers of an earlier builder are gone now, and with them what CUDA graphs read of them.
+        self._states = LeafStates(dtype, 0 if earlier is None else earlier.generation + 1)
         self.context.states = self._states
         self._layers: list[ServedLayer] = []
         self._logged: set[str] = set()

@@ -26,6 +26,7 @@ def run_folder(
     result = polyrex(
         *("train", "--data", rows_folder, "--out", out, "--base", tiny_base),
         *("--rank", 3, "--experts", 4, "--steps", 6, "--batch-rows", 4, "--gate-rate", 0.05),
+        *("--device", "cpu"),
     )
     assert result.exit_code == 0, result.output
     return out
@@ -159,6 +160,19 @@ def test_card_that_is_not_there_is_one_line(
     assert done.output.startswith(f"polyrex {command}: device cuda: expected CUDA device 0, but ")
     assert done.output.count("\n") == 1
     assert not out.exists()
+
+
+def test_card_that_is_full_is_one_line(
+    rows_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object) -> Path:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("polyrex.training.cli.train.run_training", full)
+    done = polyrex("train", "--data", rows_folder, "--out", tmp_path)
+    assert done.exit_code == 2
+    assert done.output.startswith("polyrex train: the card has too little memory; --gradient-")
+    assert done.output.count("\n") == 1
 
 
 def test_gradient_checkpointing_trains_the_same(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 from cyclopts import Parameter
 
+from polyrex.adapters.errors import DeviceError
 from polyrex.adapters.methods.protocol import LearningRates
 from polyrex.adapters.methods.registry import method_class
 from polyrex.adapters.model.base_model import DEFAULT_BASE, Quantisation
@@ -83,14 +87,16 @@ def train(*, config: TrainConfig) -> None:
             "role": None if config.tasks else config.role,
         }
     )
-    print(f"wrote {run_training(config)}")
+    with _within_memory():
+        print(f"wrote {run_training(config)}")
 
 
 @reads(config=_ADAPT)
 def adapt(*, config: AdaptConfig) -> None:
     """Adapt a new task from a few rows; by default only its routing, the inventory unchanged."""
     log_to_terminal()
-    print(f"wrote {run_adaptation(config)}")
+    with _within_memory():
+        print(f"wrote {run_adaptation(config)}")
 
 
 def evaluate(
@@ -127,6 +133,18 @@ def evaluate(
     )
     print(table(reports))
     print(json.dumps(summary(reports)))
+
+
+@contextmanager
+def _within_memory() -> Iterator[None]:
+    """Within it, a card that is full raises DeviceError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            "the card has too little memory; --gradient-checkpointing, --accumulate and --quantize "
+            "take less, and polyrex plan --train predicts how much"
+        ) from error
 
 
 def log_to_terminal() -> None:

@@ -150,6 +150,7 @@ def _batch(
         torch.full((len(each),), 1 / (len(each) * (rows or len(answers)))) for each in answers
     ]
     tasks = sorted({example.task for example in examples})
+    places = {task: place for place, task in enumerate(tasks)}
     own = [example.intuition for example in examples if example.intuition is not None]
     return Batch(
         inputs,
@@ -157,7 +158,7 @@ def _batch(
         targets=torch.tensor([token for answer in answers for token in answer]),
         weights=torch.cat(weights),
         tasks=torch.tensor(tasks),
-        rows=torch.tensor([tasks.index(example.task) for example in examples]),
+        rows=torch.tensor([places[example.task] for example in examples]),
         intuition=torch.stack(own) if own else None,
     )
 

@@ -72,9 +72,9 @@ def evaluate_tasks(
     """Score all tasks that have a router beside the inventory, or those named; write `out` (JSON).
 
     Routers without rows in the data folder are left out with a warning, and listed in `out`. Scores
-    of the base model do not depend on the inventory: those already in `out`, for the same split and
-    number of rows, are kept. Raises DataError for a task without a router, DeviceError for a device
-    that is not there.
+    of the base model do not depend on the inventory: those already in `out`, for the same split,
+    numbers and number of rows, are kept. Raises DataError for a task without a router, DeviceError
+    for a device that is not there.
     """
     place = pick_device(device)
     read = read_inventory(inventory)
@@ -92,7 +92,8 @@ def evaluate_tasks(
     model = load_base(path, torch_dtype(dtype), place, quantize)
     adapted = load_experts(read, model)
     adapted.prepare(torch_dtype(dtype))
-    known = _known_base_scores(out, split)
+    same = {"split": split, "dtype": dtype, "quantize": quantize}
+    known = _known_base_scores(out, same)
     reports = []
     with Progress() as progress:
         for task in progress.track(chosen, description="evaluating"):
@@ -104,8 +105,7 @@ def evaluate_tasks(
             logger.info("%s: %.3f -> %.3f", task.name, before.value, after.value)
             record = {
                 "inventory_sha256": read.sha256,
-                "split": split,
-                "dtype": dtype,
+                **same,
                 "without_rows": without_rows,
                 "commit": current_commit(),
                 "summary": summary(reports),
@@ -123,11 +123,12 @@ def _add_to_run(path: Path, split: Split, scores: dict[str, Any]) -> None:
         write_record(path, record | {"scores": record.get("scores", {}) | {split: scores}})
 
 
-def _known_base_scores(out: Path, split: Split) -> dict[str, Score]:
+def _known_base_scores(out: Path, same: dict[str, str | None]) -> dict[str, Score]:
+    """The base model's scores in `out`, if that is of the same split and numbers."""
     if not out.exists():
         return {}
     found = json.loads(out.read_text())
-    if found["split"] != split:
+    if any(found.get(key) != value for key, value in same.items()):
         return {}
     return {
         name: Score(entry["metric"], entry["rows"], entry["base"])

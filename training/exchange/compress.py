@@ -45,10 +45,9 @@ def compress(
     relative error below `error`. The rank is at most the width of the narrowest module.
 
     `model` is the base model of the LoRAs; the bases are attached to it, and found on its device.
-    Where a task has no
-    adapter on a module, its core is zero. Raises DataError unless exactly one of rank and error is
-    given, or if no rank reaches `error`; SpecError if the model lacks a module, or has it in
-    another shape.
+    Where a task has no adapter on a module, its core is zero. Raises DataError unless exactly one
+    of rank and error is given, or if no rank reaches `error`; SpecError if the model lacks a
+    module, or has it in another shape.
     """
     if (rank is None) == (error is None):
         raise DataError("give a rank, or an error, and not both")

@@ -112,6 +112,7 @@ class DecodeSteps:
             except RuntimeError as error:  # CUDA's too, such as what a graph cannot hold
                 logger.warning("decode steps cannot be recorded, and run eagerly: %s", error)
                 self._unable = True
+                self._replays.clear()  # their memory may be what was short
                 return None
         return self._replays[shape]
 
@@ -130,7 +131,8 @@ class DecodeSteps:
             if own != self._tables[row]:  # most requests have the blocks that they had
                 rows[row] = own + [0] * (blocks - len(own))
                 self._tables[row] = own.copy()
-        # The host writes here again only after it has read what the step draws.
+        # The host writes here again only after it has read what the step draws, or after the
+        # recording of a step, which waits for the device.
         self._inputs[:end].copy_(self._host[:end], non_blocking=True)
 
     def _step(self, shape: Shape) -> Replay:

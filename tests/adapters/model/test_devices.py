@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from polyrex.adapters.errors import DeviceError
-from polyrex.adapters.model.devices import pick_device
+from polyrex.adapters.model.devices import pick_device, send
+from support.card_operators import CUDA, CardTensor
+from support.placement import Card, HostSync
 
 
 @pytest.fixture
@@ -57,3 +59,13 @@ def test_processes_of_torchrun_take_a_card_each(monkeypatch: pytest.MonkeyPatch)
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(DeviceError, match="expected auto, cpu, cuda or cuda:N"):
         pick_device(name)
+
+
+def test_the_host_waits_for_copies_to_it_alone() -> None:
+    """One that it did not wait for could be read before it is there."""
+    with Card() as card:
+        with card.decode_step():
+            tensor = send(torch.ones(3), CUDA)
+        assert isinstance(tensor, CardTensor)
+        with card.decode_step(), pytest.raises(HostSync):
+            send(tensor, torch.device("cpu"))

@@ -15,7 +15,7 @@ from polyrex.adapters.methods.protocol import Experts
 from polyrex.adapters.methods.registry import make_experts
 from polyrex.adapters.serving.backends import BACKENDS, choose, explain
 from polyrex.adapters.serving.builder import LayerBuilder
-from polyrex.adapters.serving.layers import ServedLayer, Slice
+from polyrex.adapters.serving.layers import ServedLayer, Slice, StepContext
 from polyrex.adapters.spec import AdapterSpec, TargetModule
 from polyrex.kernels.routing import RoutingTable, StepRouting
 from polyrex.kernels.step_plan import Planner
@@ -288,6 +288,14 @@ def test_part_of_a_module_of_leaves_runs_on_a_gpu() -> None:
     experts = drawn(AdapterSpec("tensorpoly-2", rank=3, experts=5), TargetModule("m", 15, 9), 0)
     part = replace(Slice.whole(0, experts), inputs=slice(0, 5))
     assert choose([part], torch.bfloat16, torch.device("cuda")).backend.name == "triton factored"
+
+
+def test_graphs_of_an_earlier_builders_layers_are_void() -> None:
+    context = StepContext()
+    LayerBuilder(torch.float32, CPU, 0, context)
+    before = context.generation
+    LayerBuilder(torch.float32, CPU, 0, context)
+    assert context.generation > before
 
 
 def test_every_space_has_a_row_for_the_cpu(small_specs: tuple[AdapterSpec, ...]) -> None:

@@ -25,10 +25,10 @@ from pathlib import Path
 from bench.gpu.workspace import ROOT, prepare
 
 PARTS = {
-    "tests": ("triton_tests", 60),
-    "kernels": ("kernels", 150),
-    "engine": ("engine", 170),
-    "training": ("training", 120),
+    "tests": ("triton_tests", 65),
+    "kernels": ("kernels", 100),
+    "engine": ("engine", 225),
+    "training": ("training", 110),
     "study": ("study", 70),
 }
 """Each part's module, and its share of the time, in seconds of the default budget."""

@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -53,9 +54,9 @@ class Part:
         self._write()
 
     def leave_out(self, key: str, reason: object) -> None:
-        """Print and keep why something was not measured."""
+        """Print why something was not measured, and keep the first line of it."""
         print(f"{key}: left out: {reason}", flush=True)
-        self._document["left_out"][key] = str(reason)
+        self._document["left_out"][key] = str(reason).partition("\n")[0]
         self._write()
 
     def try_to(self, key: str, measure: Callable[[], dict[str, Any] | None], least: float) -> None:
@@ -69,12 +70,17 @@ class Part:
         try:
             figures = measure()
         except Exception as error:
+            traceback.print_exc()
             self.leave_out(key, f"{type(error).__name__}: {error}")
             if self.dry:
                 raise
         else:
             if figures is not None:
                 self.add(key, figures)
+
+    def reload(self) -> None:
+        """Take up what another process has written for this part."""
+        self._document = json.loads(self.path.read_text())
 
     def finish(self) -> None:
         """Say that the part went through to its end."""

@@ -5,16 +5,19 @@
 The device is the data sheet's H100, of which good kernels reach three quarters, with the time of a
 launch in a CUDA graph (kernels/roofline/roofline.py). Norms, sampling and the host cost nothing
 there, and no product finds in a cache what the one before has written: a goal beyond its prediction
-can be met by that alone.
+can be met by that alone. What a run has measured of these figures stands beside them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from bench.cases import EXPERTS, NEW_TOKENS, PROMPT_TOKENS, RANK
+from bench.gpu import measured
+from bench.gpu.measured import Results
 from polyrex.kernels.roofline.model_shapes import MODELS, Projection
 from polyrex.kernels.roofline.roofline import (
     BYTES,
@@ -51,11 +54,12 @@ TRAIN_ROWS, TRAIN_TOKENS, TRAIN_GOAL = 16, 128, 1.5
 
 
 class Prediction(NamedTuple):
-    """One figure: what is predicted, in its unit, and the goal."""
+    """One figure: what is predicted, in its unit, the goal, and what finds what was measured."""
 
     figure: str
     predicted: str
     goal: str
+    measured: Callable[[Results], str]
 
 
 def adapters_of(method: str, projection: Projection, step: Step) -> list[Product]:
@@ -96,6 +100,7 @@ def kernel_predictions() -> Iterator[Prediction]:
                     f"8B {projection.name}, T={tokens}, {method}: layer of the roofline",
                     f"{whole:.1f} µs ({1e6 * added:.1f} for the adapters)",
                     f"{goal}: {whole / goal:.1f} µs",
+                    partial(measured.layer, name=projection.name, tokens=tokens, method=method),
                 )
 
 
@@ -115,6 +120,7 @@ def engine_predictions() -> Iterator[Prediction]:
                 f"engine, {requests} distinct tasks, {method}: of no adapters",
                 f"{base / (base + added):.2f}",
                 f"{ENGINE_GOALS[method]}",
+                partial(measured.engine, method=method, tasks=requests),
             )
 
 
@@ -137,6 +143,7 @@ def lora_predictions() -> Iterator[Prediction]:
             f"engine, {LORA_TASKS} distinct tasks, {method}: of batched LoRA in PyTorch",
             f"{loras / (base + added):.2f}",
             f"{LORA_GOAL}",
+            partial(measured.over_lora, method=method, tasks=LORA_TASKS),
         )
 
 
@@ -164,7 +171,12 @@ def training_predictions() -> Iterator[Prediction]:
     answers = TRAIN_ROWS * TRAIN_TOKENS // 8
     own = training_step(8, answers, BYTES)
     peft = training_step(TRAIN_ROWS, TRAIN_ROWS * TRAIN_TOKENS, FLOAT32_BYTES)
-    yield Prediction("training, poly: rows/s of PEFT's poly", f"{peft / own:.2f}", f"{TRAIN_GOAL}")
+    yield Prediction(
+        "training, poly: rows/s of PEFT's poly",
+        f"{peft / own:.2f}",
+        f"{TRAIN_GOAL}",
+        measured.over_peft_poly,
+    )
 
 
 def predictions() -> list[Prediction]:
@@ -177,11 +189,14 @@ def predictions() -> list[Prediction]:
     ]
 
 
-def table() -> str:
-    """The Markdown table."""
-    lines = ["| figure | predicted | goal |", "|---|---:|---:|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in predictions())])
+def table(results: Results) -> str:
+    """The Markdown table, with what was measured."""
+    lines = ["| figure | predicted | measured | goal |", "|---|---:|---:|---:|"]
+    for row in predictions():
+        found = row.measured(results) or "-"
+        lines.append(f"| {row.figure} | {row.predicted} | {found} | {row.goal} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    print(table())
+    print(table({}))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.gpu import predict
+from bench.gpu import measured, predict
 from bench.gpu.__main__ import PARTS
 
 FIGURES = {
@@ -29,7 +29,13 @@ FIGURES = {
     "study": ("steps", "first_loss", "last_loss", "tokens_per_second"),
 }
 """The columns of a part's table: the figures that most of its entries have."""
+GOALS = """\
+Every figure that has a goal: what the roofline predicted, and what was measured; `-` where nothing
+was yet. Ratios of the engine are those of decode steps, unless they say that they are end to end.
+"""
 METHODS = ("tensorpoly-1", "tensorpoly-2", "trex-static")
+A_STEP = ("kernels", "launches", "device_ms", "peak_gb")
+"""What the device does in one step of an engine, and the memory of all."""
 LORAS = ("lora_gathered_us", "lora_vllm_us", "lora_one_for_all_us")
 
 
@@ -69,7 +75,8 @@ def kernel_rows(figures: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
                 for method in METHODS:
                     own = found[method]
                     cells.append(_share(own[f"{kind}_us"], own[f"{kind}_of_roofline"]))
-            yield key, [*cells, *(found.get(name, "") for name in LORAS)]
+            loras = figures.get(key + measured.LORAS, {})
+            yield key, [*cells, *(loras.get(name, "") for name in LORAS)]
 
 
 def _share(time: float, share: float) -> str:
@@ -77,30 +84,21 @@ def _share(time: float, share: float) -> str:
 
 
 def engine_rows(figures: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
-    """Tokens a second by the number of distinct tasks, ratios, and what a step does."""
-    yield "", ["tokens/s by tasks", "of no adapters by tasks", "kernels", "launches", "device ms"]
+    """Rates and times by the number of distinct tasks, ratios, and what a step does."""
+    columns = ["tokens/s by tasks", "ms a step by tasks", "of no adapters by tasks"]
+    yield "", [*columns, *(column.replace("_", " ") for column in A_STEP)]
     for key, found in figures.items():
         if "tokens_per_second" in found:
-            rates = ", ".join(f"{n}: {rate}" for n, rate in found["tokens_per_second"].items())
-            ratios = [f"{n.split()[0]}: {r}" for n, r in found.items() if n.endswith("of base")]
-            yield key, [rates, ", ".join(ratios), "", "", ""]
-        elif "device_ms" in found:
-            yield key, ["", "", found["kernels"], found["launches"], found["device_ms"]]
-    yield from lora_rows(figures)
+            tasks = [name.split()[0] for name in found if name.endswith("of base")]
+            ratios = {n: found[measured.of_base(int(n))] for n in tasks}
+            cells = found["tokens_per_second"], found.get("ms_a_step", {}), ratios
+            yield key, [*map(_by_tasks, cells), *[""] * len(A_STEP)]
+        elif any(column in found for column in A_STEP):
+            yield key, [*[""] * len(columns), *(found.get(column, "") for column in A_STEP)]
 
 
-def lora_rows(figures: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
-    """Every method's tokens a second over those of LoRAs in PyTorch, with as many tasks."""
-    for key, found in figures.items():
-        name, _, requests = key.partition(", ")
-        tasks = requests.split()[0] if requests.endswith(" requests") else ""
-        if name != "lora in PyTorch" or tasks not in found["tokens_per_second"]:
-            continue
-        for method in METHODS:
-            own = figures.get(f"{method}, graphs on, {requests}", {})
-            if tasks in own.get("tokens_per_second", {}):
-                rate = own["tokens_per_second"][tasks] / found["tokens_per_second"][tasks]
-                yield f"{method}, of lora in PyTorch, {requests}", [f"{rate:.2f}", "", "", "", ""]
+def _by_tasks(found: dict[str, float]) -> str:
+    return ", ".join(f"{tasks}: {found[tasks]}" for tasks in sorted(found, key=int))
 
 
 def section(document: dict[str, Any]) -> str:
@@ -128,10 +126,11 @@ def _cell(value: Any) -> str:
 def page(folder: Path) -> str:
     """README.md of a folder of results."""
     paths = [folder / f"{part}.json" for part in PARTS]
-    sections = [section(json.loads(path.read_text())) for path in paths if path.exists()]
+    documents = [json.loads(path.read_text()) for path in paths if path.exists()]
     head = "# On a GPU\n\nWritten by `make gpu`; docs/gpu.md says what the parts measure."
-    predicted = "## What the roofline predicts\n\n" + predict.table()
-    return "\n\n".join([head, *sections, predicted]) + "\n"
+    results = {each["part"]: each["figures"] for each in documents if not each["dry_run"]}
+    goals = f"## Goals\n\n{GOALS}\n{predict.table(results)}"
+    return "\n\n".join([head, goals, *map(section, documents)]) + "\n"
 
 
 def main() -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench.gpu import profiling
-from bench.gpu.profiling import DeviceWork, watched
-from bench.gpu.timing import GRAPH_CALLS, REPLAYS, measure_limits, seconds_a_call
+from bench.gpu.measuring import profiling
+from bench.gpu.measuring.profiling import DeviceWork, watched
+from bench.gpu.measuring.timing import GRAPH_CALLS, REPLAYS, measure_limits, seconds_a_call
 
 CUDA = torch.device("cuda")
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def plain(base_path: str, random_inventory: Inventory) -> PlainModel:
 def make_engine(adapted: AdaptedModel, random_inventory: Inventory) -> MakeEngine:
     """Makes an engine, not started: `make_engine(slots=2)` changes a size."""
 
-    def make(**sizes: int) -> EmbeddedEngine:
+    def make(**sizes: Any) -> EmbeddedEngine:
         config = replace(SMALL, **sizes)
         return EmbeddedEngine(adapted, random_inventory, config)
 

@@ -51,25 +51,54 @@ def test_summary_counts_the_better_and_the_worse() -> None:
     assert found["held_in exact_match"]["tasks"] == 4
 
 
-def test_record_says_of_each_task_whether_it_improved(
-    tiny_inventory: Path, tiny_base: Path, rows_folder: Path, tmp_path: Path
-) -> None:
-    read = read_inventory(tiny_inventory)
-    adapted = load_experts(read, load_base(str(tiny_base), torch_dtype("float32")))
+@pytest.fixture
+def bundle(tiny_inventory: Path, tiny_base: Path, tmp_path: Path) -> Bundle:
+    """A bundle with one router."""
+    adapted = load_experts(
+        read_inventory(tiny_inventory), load_base(str(tiny_base), torch_dtype("float32"))
+    )
     router = NewRouter(torch.zeros(adapted.routing_shape()))
     write_bundle(tmp_path / "bundle", adapted, {"colour": router})
-    bundle = Bundle.read(tmp_path / "bundle")
-    (report,) = evaluate_tasks(
-        rows_folder,
-        bundle.inventory.path,
-        tmp_path / "scores.json",
-        base=str(tiny_base),
-        dtype="float32",
-    )
-    record = json.loads((tmp_path / "scores.json").read_text())
-    entry = record["tasks"]["colour"]
+    return Bundle.read(tmp_path / "bundle")
+
+
+def evaluated(bundle: Bundle, rows: Path, out: Path, base: Path, dtype: str) -> TaskReport:
+    """The report on the bundle's one task."""
+    inventory = bundle.inventory.path
+    (report,) = evaluate_tasks(rows, inventory, out, base=str(base), dtype=dtype)
+    return report
+
+
+def test_record_says_of_each_task_whether_it_improved(
+    bundle: Bundle, tiny_base: Path, rows_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "scores.json"
+    report = evaluated(bundle, rows_folder, out, tiny_base, "float32")
+    entry = json.loads(out.read_text())["tasks"]["colour"]
     assert entry["verdict"] == report.verdict
     assert entry["improved"] is (report.verdict == "better")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantize", "kept"),
+    [("float32", None, True), ("bfloat16", None, False), ("float32", "4bit", False)],
+)
+def test_base_scores_are_kept_for_the_same_numbers_alone(
+    bundle: Bundle,
+    tiny_base: Path,
+    rows_folder: Path,
+    tmp_path: Path,
+    dtype: str,
+    quantize: str | None,
+    kept: bool,
+) -> None:
+    out = tmp_path / "scores.json"
+    first = evaluated(bundle, rows_folder, out, tiny_base, "float32")
+    record = json.loads(out.read_text())
+    record["tasks"]["colour"]["base"] = 0.123  # so that it is seen whether it is kept
+    out.write_text(json.dumps(record | {"dtype": dtype, "quantize": quantize}))
+    again = evaluated(bundle, rows_folder, out, tiny_base, "float32")
+    assert again.base.value == (0.123 if kept else first.base.value)
 
 
 def test_dtype_of_an_unknown_name_is_refused_with_the_known_ones() -> None:

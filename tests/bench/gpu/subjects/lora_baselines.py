@@ -56,17 +56,19 @@ class LoraWeights:
 
 
 class GatheredLoraLayer:
-    """A served layer that has LoRAs of `tasks` tasks in place of a method's experts."""
+    """A served layer that has a LoRA for each slot of a routing table in place of experts.
+
+    That is one for each task, and a few more: slot 0, the base model's, has one as any other.
+    """
 
     state_bytes = 0
 
     def __init__(
-        self, slices: Sequence[Slice], tasks: int, dtype: torch.dtype, device: torch.device
+        self, slices: Sequence[Slice], slots: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         target, rank = slices[0].experts.target, slices[0].experts.spec.rank
         outputs = [part.columns.stop - part.columns.start for part in slices]
-        # Row 0 of the routing table is the base model's; the LoRA there is as any other.
-        self._loras = LoraWeights(tasks + 1, rank, target.d_in, outputs, dtype, device)
+        self._loras = LoraWeights(slots, rank, target.d_in, outputs, dtype, device)
 
     def add_(self, y: Tensor, x: Tensor, step: StepRouting) -> None:
         """Add each token's LoRA for x [T, d_in] to y [T, d], in place."""

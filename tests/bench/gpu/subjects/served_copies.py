@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.gpu.timing import MOST_COPIES
+from bench.gpu.measuring.timing import MOST_COPIES
 from polyrex.adapters.methods.protocol import Experts
 from polyrex.adapters.methods.registry import make_experts, method_class
 from polyrex.adapters.serving.builder import LayerBuilder

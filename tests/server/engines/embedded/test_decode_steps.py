@@ -202,6 +202,19 @@ def test_recordings_are_dropped_where_buffers_have_moved(
     assert len(record.functions) == 2 * before
 
 
+def test_recordings_are_dropped_where_another_engine_has_the_layers(
+    small_base: str, inventory: Inventory, loop: asyncio.AbstractEventLoop
+) -> None:
+    adapted, record = load_experts(inventory, load_base(small_base, torch.float32)), Recorded()
+    runner = ModelRunner(adapted, inventory, SIZES, record)
+    asked = requests([make_task(inventory, 1), None])
+    expected = answers(runner, asked, loop)
+    before = len(record.functions)
+    ModelRunner(adapted, inventory, SIZES)
+    assert answers(runner, asked, loop) == expected
+    assert len(record.functions) == 2 * before
+
+
 def test_a_step_that_would_be_mostly_padding_runs_plainly(
     small_base: str,
     inventory: Inventory,
