@@ -46,7 +46,7 @@ class LoopConfig:
     checkpoint_every: PositiveInt = 50
     """Steps between checkpoints."""
     accumulate: PositiveInt = 1
-    """Parts that a step's rows are split into, to save memory; the step stays the same."""
+    """Parts that a step's rows are split into, to save memory; only the routing noise differs."""
 
 
 @dataclass(frozen=True)
