@@ -17,7 +17,7 @@ def pick_device(name: str) -> torch.device:
     """The device of a name: `cpu`, `cuda`, `cuda:N`, or `auto`, which is CUDA where there is one.
 
     Under `torchrun`, `cuda` is the card of the process's own number. Raises DeviceError where this
-    machine has no such device.
+    machine has no such device, and where several processes would share the one that is named.
     """
     if not _NAME.fullmatch(name):
         raise DeviceError(f"device {name}: expected auto, cpu, cuda or cuda:N")
@@ -26,6 +26,12 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cpu")
     _, _, number = name.partition(":")
     card = int(number or os.environ.get("LOCAL_RANK", "0"))
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if number and beside > 1 and cards > 1:
+        raise DeviceError(
+            f"device {name}: torchrun has started {beside} processes here, "
+            "which need a card each; give cuda"
+        )
     if card >= cards:
         raise DeviceError(f"device {name}: expected CUDA device {card}, but {_there(cards)}")
     return torch.device("cuda", card)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator, Sequence
 
@@ -13,6 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from polyrex.training.data.batches import Example
+
+
+def _leave() -> None:
+    """Leave the process group, of whose resources NCCL would complain at the end."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Ranks:
@@ -28,6 +35,7 @@ class Ranks:
                 dist.init_process_group("nccl", device_id=device)
             else:
                 dist.init_process_group("gloo")
+            atexit.register(_leave)
         together = dist.is_initialized()
         self._rank = dist.get_rank() if together else 0
         self._world = dist.get_world_size() if together else 1

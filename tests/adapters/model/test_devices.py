@@ -49,7 +49,9 @@ def test_auto_is_the_first_card() -> None:
 def test_processes_of_torchrun_take_a_card_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert pick_device("auto") == pick_device("cuda") == torch.device("cuda", 1)
-    assert pick_device("cuda:0") == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(DeviceError, match="2 processes here, which need a card each"):
+        pick_device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(DeviceError, match="expected CUDA device 2, but this machine has 2"):
         pick_device("auto")
