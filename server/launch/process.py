@@ -108,6 +108,7 @@ async def _run(
         await server.serve(sockets=[listener])
     finally:
         watching.cancel()
+        gc.unfreeze()  # or extension modules complain at the end of what was not collected
     if readiness.failure is not None:
         raise StartError(f"the engine failed to start: {readiness.failure}")
 
