@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from polyrex.adapters.methods.registry import method_class
 from polyrex.adapters.model.attach import attach, find_targets
@@ -33,6 +32,7 @@ from polyrex.training.model.loading import use_eager_attention
 from polyrex.training.model.multi_task import MultiTaskModel
 
 from .cases import MAIN, OTHERS
+from .gpu.subjects.random_model import random_llama
 from .harness import command_line, machine, report, without
 
 SHAPES = {
@@ -102,22 +102,6 @@ class Case:
         ]
 
 
-def random_model(shape: ModelShape, dtype: torch.dtype) -> nn.Module:
-    """A random Llama of a shape."""
-    config = LlamaConfig(
-        num_hidden_layers=shape.layers,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocabulary,
-        tie_word_embeddings=shape.tied,
-    )
-    model: nn.Module = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
-    return model.to(dtype).eval()
-
-
 def held(*tensors: Tensor) -> int:
     """The bytes of tensors, of those that share a storage once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
@@ -153,7 +137,7 @@ def measure(names: dict[str, str], case: Case) -> dict[str, Any]:
     if names["model"] == DEFAULT_BASE:
         base = load_base(resolve_base(DEFAULT_BASE), case.dtype)
     else:
-        base = random_model(case.shape, case.dtype)
+        base = random_llama(case.shape, torch.device("cpu"), case.dtype)
     use_eager_attention(base)
     predicted, measured = case.predicted(), case.measured(base)
     return {

@@ -123,16 +123,19 @@ def test_tokens_are_drawn_as_on_the_cpu(card: Card, inventory: Inventory) -> Non
     assert tokens_of(inventory, CUDA, DRAWN) == tokens_of(inventory, CPU, DRAWN)
 
 
-def equal_steps(card: Card, inventory: Inventory, sampling: SamplingParams) -> None:
+def two_steps(
+    card: Card, inventory: Inventory, sampling: SamplingParams
+) -> tuple[list[Launch], list[Launch], int]:
+    """The launches of two equal decode steps, and how often the host waited in both."""
     engine = Engine(inventory, CUDA)
     engine.add(MIXED, sampling)
     engine.step()  # the first one derives what it needs
+    before = len(card.syncs)
     with card.decode_step() as first:
         engine.step()
     with card.decode_step() as second:
         engine.step()
-    assert first
-    check_equal(first, second)
+    return first, second, len(card.syncs) - before
 
 
 @EVERY_METHOD
@@ -140,13 +143,19 @@ def equal_steps(card: Card, inventory: Inventory, sampling: SamplingParams) -> N
 def test_equal_decode_steps_launch_the_same_and_wait_for_tokens_alone(
     card: Card, inventory: Inventory
 ) -> None:
-    equal_steps(card, inventory, GREEDY)
+    first, second, waits = two_steps(card, inventory, GREEDY)
+    assert first
+    assert waits == 2, "once a step, for the tokens"
+    check_equal(first, second)
 
 
 @ONE_METHOD
 @pytest.mark.usefixtures("draws_may_wait")
 def test_drawing_many_tokens_waits_once(card: Card, inventory: Inventory) -> None:
-    equal_steps(card, inventory, DRAWN)
+    first, second, waits = two_steps(card, inventory, DRAWN)
+    assert first
+    assert waits == 2, "once a step, for the tokens of all requests"
+    check_equal(first, second)
 
 
 def decode(card: Card, inventory: Inventory, seeds: Sequence[int]) -> list[Launch]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from support.interpreter import assert_pass_interpreted
 
 HERE = Path(__file__).parent
 STEPS = "test_engine.py::test_equal_decode_steps_launch_the_same_and_wait_for_tokens_alone"
@@ -21,13 +21,4 @@ TESTS = (
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is that process")
 def test_layers_on_the_triton_kernels_pass_too() -> None:
     pytest.importorskip("triton")
-    tests = [str(HERE / name) for name in TESTS]
-    options = ["--quiet", "--no-header", "-p", "no:cacheprovider", f"--confcutdir={HERE}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *tests],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert_pass_interpreted(HERE, TESTS)

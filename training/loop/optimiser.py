@@ -21,8 +21,8 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 def clip(parameters: Sequence[nn.Parameter], most: float) -> None:
     """Scale gradients so that the norm of all together is at most `most`.
 
-    `nn.utils.clip_grad_norm_` is the slow twin, which takes two kernels for every parameter, unless
-    it knows the device.
+    `nn.utils.clip_grad_norm_` is the slow twin. On CUDA it does the same; on other devices, where
+    tests count a step's kernels, it takes two for every parameter.
     """
     gradients = [each.grad for each in parameters if each.grad is not None]
     if gradients:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from support.interpreter import assert_pass_interpreted
 
 HERE = Path(__file__).parent
 FILES = (
@@ -21,13 +20,4 @@ FILES = (
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU, in this process")
 def test_kernels_agree_with_their_twins_under_the_interpreter() -> None:
-    files = [str(HERE / name) for name in FILES]
-    options = ["--quiet", "--no-header", "-p", "no:cacheprovider", f"--confcutdir={HERE}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *files],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert_pass_interpreted(HERE, FILES)

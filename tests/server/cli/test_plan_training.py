@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from bench.cases import MAIN, OTHERS
-from bench.train_memory import Case, random_model
+from bench.gpu.subjects.random_model import random_llama
+from bench.train_memory import Case
 from polyrex.adapters.model.base_model import Quantisation
 from polyrex.adapters.model.parameter_counts import base_targets, count_parameters
 from polyrex.adapters.model.training_cost import adapter_costs
@@ -36,7 +37,7 @@ def document(*arguments: str) -> Any:
 
 def ratio(case: Case, *, attention: str = "eager") -> float:
     """What is predicted, as a share of what a run takes."""
-    base: Any = random_model(case.shape, case.dtype)
+    base: Any = random_llama(case.shape, torch.device("cpu"), case.dtype)
     base.set_attn_implementation(attention)
     return case.predicted().peak / case.measured(base)
 

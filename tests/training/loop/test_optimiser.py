@@ -41,7 +41,11 @@ def test_clipping_is_that_of_torch(most: float) -> None:
 
 
 def test_nothing_to_clip_is_no_error() -> None:
-    clip([nn.Parameter(torch.ones(2))], 1.0)
+    untouched = nn.Parameter(torch.ones(2))
+    clip([untouched], 1.0)
+    clip([], 1.0)
+    assert untouched.grad is None
+    assert untouched.tolist() == [1, 1]
 
 
 def groups(parameters: list[nn.Parameter]) -> Groups:

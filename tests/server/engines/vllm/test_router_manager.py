@@ -189,7 +189,7 @@ def right(small_base: str, inventory: Inventory) -> Worker:
     return Worker(small_base, inventory, CUDAGraphMode.NONE)
 
 
-def close(found: list[Tensor], expected: list[Tensor], tokens: int) -> None:
+def assert_close(found: list[Tensor], expected: list[Tensor], tokens: int) -> None:
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one[:tokens], other[:tokens], rtol=1e-4, atol=1e-4)
 
@@ -200,7 +200,7 @@ def test_padding_gets_the_base_model(worker: Worker, right: Worker) -> None:
     right.begin(*batch, *BASE)
     expected = right.run(10)
     for size in (5, 8, CAPTURED):  # layers of one step may see more or less of its padding
-        close(worker.run(size), expected, min(size, 10))
+        assert_close(worker.run(size), expected, min(size, 10))
 
 
 @pytest.mark.parametrize("runner", ["V1", "V2"])
@@ -209,7 +209,7 @@ def test_a_graph_adds_what_the_last_step_says(worker: Worker, right: Worker, run
     for batch in ((3, 3, 0, 1, 4, 5, 2, 1), (2, 4), (5,), (0, 1, 2, 3, 4, 5)):
         worker.begin(*batch)
         right.begin(*batch, *[0] * (8 - len(batch)))
-        close(graph.replay(), right.run(8), 8)
+        assert_close(graph.replay(), right.run(8), 8)
 
 
 def test_a_graph_with_adapters_adds_nothing_for_the_base_model(
@@ -238,13 +238,18 @@ def test_a_slot_that_changes_hands_changes_in_the_graph(
     worker: Worker, right: Worker, inventory: Inventory
 ) -> None:
     graph = Captured(worker, 3)
-    worker.begin(1, 2, 3)
+    worker.begin(2, 1, 2)
+    before = [each.clone() for each in graph.replay()]
     row = make_task(inventory, 77).router.weights
     worker.lora_manager.write(2, row)
     right.lora_manager.write(2, row)
     worker.begin(2, 1, 2)
     right.begin(2, 1, 2)
-    close(graph.replay(), right.run(3), 3)
+    after = graph.replay()
+    assert_close(after, right.run(3), 3)
+    if inventory.routing_shape[1]:  # or all tasks have the one adapter
+        for old, new in zip(before, after, strict=True):
+            assert (old != new).any(1).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("spec", [AdapterSpec("tensorpoly-1", rank=3, experts=3)], ids=spec_id)
@@ -256,7 +261,7 @@ def test_rows_that_moved_would_be_noticed(worker: Worker, right: Worker) -> None
     worker.begin(5, 4, 5)
     right.begin(5, 4, 5)
     with pytest.raises(AssertionError, match="not close"):
-        close(graph.replay(), right.run(3), 3)
+        assert_close(graph.replay(), right.run(3), 3)
 
 
 @pytest.mark.parametrize("spec", [AdapterSpec("tensorpoly-1", rank=3, experts=3)], ids=spec_id)
