@@ -22,6 +22,7 @@ FLAT = Parameter(name="*")
 _MODEL = Parameter(group=Group("Model and engine", sort_key=1))
 _SERVER = Parameter(group=Group("Server", sort_key=2))
 _LIMITS = Parameter(group=Group("Limits", sort_key=3))
+_REGISTRY = Parameter(group=Group("Registry", sort_key=3))
 _EMBEDDED = Parameter(group=Group("Embedded engine", sort_key=4))
 _VLLM = Parameter(group=Group("vLLM engine", sort_key=5))
 
@@ -127,6 +128,19 @@ class ServerConfig:
     """Seconds that running requests may take after SIGTERM."""
 
 
+@dataclass(frozen=True)
+class RegistryConfig:
+    """Where tasks, tenants and keys are kept."""
+
+    url: Annotated[str | None, Parameter(alias="--registry")] = None
+    """Database: sqlite:///FILE, or postgresql://USER@HOST/NAME, which replicas may share; a file in
+    --tasks-dir if not given. A password belongs in the environment variable or in ~/.pgpass."""
+    retention_days: NonNegativeInt = 30
+    """Days that a dropped task can be undeleted."""
+    keep_versions: PositiveInt = 1000
+    """Most versions kept of a task; older ones go, unless something names them."""
+
+
 def default_tasks_folder() -> Path:
     """The folder of registered tasks: polyrex/tasks in the user's state folder."""
     state = os.environ.get("XDG_STATE_HOME")
@@ -142,6 +156,7 @@ class Launch:
         default_factory=default_tasks_folder
     )
     """Folder where registered tasks are kept."""
+    registry: Annotated[RegistryConfig, _REGISTRY] = RegistryConfig()
     inventory: Annotated[Path | None, _MODEL] = None
     """File of the inventory; the one shipped for the base model if not given."""
     dtype: Annotated[Dtype, _MODEL] = Dtype.float32

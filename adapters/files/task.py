@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from .inventory import Inventory
 from .router import Router, RouterMetadata, read_router, router_bytes
+
+TASK_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class TaskInfo:
     description: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Any] = field(default_factory=dict)
+    tenant: str = "default"
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,9 @@ class GenerationRequest:
     prompt: tuple[int, ...]
     sampling: SamplingParams
     task: TaskVersion | None = None
+    cache_salt: str = ""
+    """Requests share cached keys and values of a prefix only where this is the same: it stands for
+    inventory, tenant, router and the client's own salt (requests/cache_salt.py)."""
 
     def check(self, vocabulary: int, context_length: int) -> None:
         """Raise EngineError where this request would harm others in its batch, or never end.

@@ -12,6 +12,7 @@ from polyrex.adapters.files.registry import TaskRegistry
 from polyrex.server.config import ServerConfig
 from polyrex.server.engines.base import Engine
 from polyrex.server.errors import InvalidRequest
+from polyrex.server.registry.principal import Principal
 from polyrex.server.requests.admission import Gate, Readiness
 from polyrex.server.requests.fitting import Fitter
 from polyrex.server.requests.metrics import Metrics
@@ -46,3 +47,11 @@ async def _of_app(request: Request) -> AppContext:  # async: FastAPI runs others
 
 
 Context = Annotated[AppContext, Depends(_of_app)]
+
+
+async def _asker(request: Request) -> Principal:
+    principal: Principal = request.state.principal  # set by auth.py
+    return principal
+
+
+Asker = Annotated[Principal, Depends(_asker)]

@@ -25,9 +25,17 @@ from polyrex.server.errors import (
     EngineError,
     EngineStopped,
     FitFailed,
+    Forbidden,
     HeadersTooLarge,
+    IdempotencyMismatch,
     InvalidRequest,
     Overloaded,
+    PreconditionFailed,
+    QuotaExceeded,
+    RateLimited,
+    RevisionNotReached,
+    StorageError,
+    StorageFull,
     TaskDamaged,
     TooLarge,
     UnknownModel,
@@ -49,14 +57,19 @@ _ANSWERS: Mapping[type[Exception], _Answer] = {
     AuthenticationError: _Answer(
         401, "authentication_error", "invalid_api_key", {"WWW-Authenticate": "Bearer"}
     ),
+    Forbidden: _Answer(403, "permission_error", "forbidden"),
+    QuotaExceeded: _Answer(403, "permission_error", "quota_exceeded"),
     UnknownTask: _Answer(404, "not_found_error", "task_not_found"),
     UnknownModel: _Answer(404, "not_found_error", "model_not_found"),
     TaskExists: _Answer(409, "conflict_error", "task_exists"),
     InventoryMismatch: _Answer(409, "conflict_error", "inventory_mismatch"),
+    PreconditionFailed: _Answer(412, "conflict_error", "precondition_failed"),
     TooLarge: _Answer(413, "invalid_request_error", "body_too_large", {"Connection": "close"}),
     UnsupportedBody: _Answer(415, "invalid_request_error", "unsupported_media_type"),
     FileError: _Answer(422, "invalid_request_error", "invalid_router"),
+    IdempotencyMismatch: _Answer(422, "invalid_request_error", "idempotency_mismatch"),
     Overloaded: _Answer(429, "overloaded_error", "overloaded", _RETRY),
+    RateLimited: _Answer(429, "rate_limit_error", "rate_limit_exceeded"),
     HeadersTooLarge: _Answer(
         431, "invalid_request_error", "headers_too_large", {"Connection": "close"}
     ),
@@ -65,6 +78,9 @@ _ANSWERS: Mapping[type[Exception], _Answer] = {
     FitFailed: _Answer(500, "server_error", "fit_failed"),
     TaskDamaged: _Answer(500, "server_error", "task_damaged"),
     EngineStopped: _Answer(503, "server_error", "engine_stopped", _RETRY),
+    RevisionNotReached: _Answer(503, "server_error", "revision_not_reached", _RETRY),
+    StorageError: _Answer(503, "server_error", "storage_error", _RETRY),
+    StorageFull: _Answer(507, "server_error", "storage_full"),
 }
 _UNEXPECTED = _Answer(500, "server_error", "internal_error")
 

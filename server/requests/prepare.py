@@ -15,6 +15,7 @@ from polyrex.adapters.files.registry import TaskRegistry
 from polyrex.adapters.files.task import TaskVersion
 from polyrex.server.engines.base import Engine, GenerationRequest, SamplingParams
 from polyrex.server.errors import InvalidRequest, TaskDamaged, UnknownModel
+from polyrex.server.registry.principal import Principal
 
 from .bodies import ChatCompletionRequest, CompletionRequest, Sampling
 from .prompt_routing import PromptIntuition
@@ -69,12 +70,12 @@ class RequestPreparer:
         self._engine = engine
         self._intuition = intuition
 
-    def completion(self, body: CompletionRequest) -> PreparedRequest:
+    def completion(self, body: CompletionRequest, asker: Principal) -> PreparedRequest:
         """Prepare a POST /v1/completions."""
         prompts = [self._prompt(prompt, body) for prompt in body.prompts]
-        return self._prepare("cmpl", body, prompts, body.max_tokens, body.logprobs)
+        return self._prepare("cmpl", body, asker, prompts, body.max_tokens, body.logprobs)
 
-    def chat(self, body: ChatCompletionRequest) -> PreparedRequest:
+    def chat(self, body: ChatCompletionRequest, asker: Principal) -> PreparedRequest:
         """Prepare a POST /v1/chat/completions; without max_tokens, the context is the limit."""
         ids = self._tokenizer.encode_chat(
             [{"role": message.role, "content": message.text} for message in body.messages]
@@ -83,7 +84,8 @@ class RequestPreparer:
         self._check_prompt(ids, wanted or 1, "messages")
         max_tokens = wanted or self._engine.context_length - len(ids)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return self._prepare("chatcmpl", body, [_Prompt(ids, None)], max_tokens, logprobs)
+        prompts = [_Prompt(ids, None)]
+        return self._prepare("chatcmpl", body, asker, prompts, max_tokens, logprobs)
 
     def _prompt(self, prompt: str | list[int], body: CompletionRequest) -> _Prompt:
         ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
@@ -118,13 +120,14 @@ class RequestPreparer:
         self,
         prefix: str,
         body: Sampling,
+        asker: Principal,
         prompts: Sequence[_Prompt],
         max_tokens: int,
         logprobs: int | None,
     ) -> PreparedRequest:
         request_id = f"{prefix}-{uuid.uuid4().hex}"
         choices: list[Choice] = []
-        tasks = self._tasks(body, prompts)
+        tasks = self._tasks(body, asker, prompts)
         for prompt, task in zip(prompts, tasks, strict=True):
             for repeat in range(body.n):
                 sampling = SamplingParams(
@@ -150,10 +153,12 @@ class RequestPreparer:
             choices=tuple(choices),
         )
 
-    def _tasks(self, body: Sampling, prompts: Sequence[_Prompt]) -> Sequence[TaskVersion | None]:
+    def _tasks(
+        self, body: Sampling, asker: Principal, prompts: Sequence[_Prompt]
+    ) -> Sequence[TaskVersion | None]:
         """The task version that answers each prompt: one for all, or each prompt's own routing."""
         if body.intuition is None:
-            return [self._pin(body)] * len(prompts)
+            return [self._pin(body, asker)] * len(prompts)
         if body.task is not None or body.model not in (None, self._base):
             raise InvalidRequest("give a task, or intuition, and not both", "intuition")
         if self._intuition is None:
@@ -161,7 +166,7 @@ class RequestPreparer:
         texts = [self._tokenizer.decode(prompt.ids) for prompt in prompts]
         return self._intuition.versions(texts)
 
-    def _pin(self, body: Sampling) -> TaskVersion | None:
+    def _pin(self, body: Sampling, asker: Principal) -> TaskVersion | None:
         """The current version of the task that `task` or `model` names; None for the base model."""
         name = body.task
         if body.model is not None and body.model != self._base:
@@ -173,7 +178,7 @@ class RequestPreparer:
         if name is None:
             return None
         try:
-            return self._registry.pin(name)
+            return self._registry.pin(asker, name, sticky=body.user)
         except UnknownTask as error:
             if body.task is not None:
                 raise

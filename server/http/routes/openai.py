@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import JSONResponse, Response
 
 from polyrex.adapters.files.task import TaskInfo
-from polyrex.server.http.context import AppContext, Context
+from polyrex.server.http.context import AppContext, Asker, Context
 from polyrex.server.http.responses import ChatShape, CompletionShape, Json, Shape, version_headers
 from polyrex.server.http.streaming import EventStream, until_disconnect
 from polyrex.server.requests.bodies import ChatCompletionRequest, CompletionRequest, Sampling
@@ -24,24 +24,26 @@ MOST_MODELS = 10_000
 
 
 @router.post("/completions")
-async def completions(body: CompletionRequest, request: Request, context: Context) -> Response:
+async def completions(
+    body: CompletionRequest, request: Request, context: Context, asker: Asker
+) -> Response:
     """Complete one prompt or several."""
     context.readiness.check()
     with ExitStack() as admitted:
         admitted.enter_context(context.gate.admit(body.completions))
-        prepared = await asyncio.to_thread(context.preparer.completion, body)
+        prepared = await asyncio.to_thread(context.preparer.completion, body, asker)
         return await _answer(context, request, body, prepared, CompletionShape(), admitted)
 
 
 @router.post("/chat/completions")
 async def chat_completions(
-    body: ChatCompletionRequest, request: Request, context: Context
+    body: ChatCompletionRequest, request: Request, context: Context, asker: Asker
 ) -> Response:
     """Answer a chat, in the base model's own template."""
     context.readiness.check()
     with ExitStack() as admitted:
         admitted.enter_context(context.gate.admit(body.completions))
-        prepared = await asyncio.to_thread(context.preparer.chat, body)
+        prepared = await asyncio.to_thread(context.preparer.chat, body, asker)
         return await _answer(context, request, body, prepared, ChatShape(), admitted)
 
 
