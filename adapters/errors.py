@@ -62,7 +62,13 @@ class TaskError(PolyrexError):
 
 
 class UnknownTask(TaskError):
-    """No task has that name."""
+    """No task has that name, or it is none of the asker's.
+
+    The message is always the same, so that nobody learns which names others use.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("no such task, or not for this key")
 
 
 class TaskExists(TaskError):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Group, Parameter
-from cyclopts.types import NonNegativeInt, PositiveInt
+from cyclopts.types import ExistingDirectory, NonNegativeInt, PositiveInt
 from cyclopts.validators import Number
 
 FLAT = Parameter(name="*")
@@ -69,6 +69,9 @@ class EmbeddedConfig:
     kv_cache_tokens: PositiveInt = 16384
     """Tokens whose keys and values fit in the cache, of all running requests together. Allocated
     at start: for SmolLM2-135M 23 KB a token in bfloat16, 46 KB in float32."""
+    prefix_cache: bool = True
+    """Keep the keys and values of prompts and completions while there is room, for later prompts of
+    the same tenant and task that begin alike."""
     cuda_graphs: bool = True
     """On a GPU, record decode steps as CUDA graphs at start, and replay them."""
 
@@ -116,6 +119,12 @@ class ServerConfig:
         default=(), repr=False
     )
     """sha256 of every API key, read from --api-key-file; with none, everybody is let in."""
+    allowed_hosts: Annotated[tuple[str, ...], _SERVER] = ()
+    """Names that the Host header of a request may have, with any port. If not given, any; but only
+    those of this machine where the server listens on loopback and asks for no API keys, so that no
+    web page can use it."""
+    lora_dir: Annotated[ExistingDirectory | None, _SERVER] = None
+    """Folder whose routers POST /v1/load_lora_adapter may load; without it, it loads none."""
     max_in_flight: Annotated[PositiveInt, _LIMITS] = 256
     """Most completions admitted and not finished, running ones included; beyond it, 429."""
     max_body_bytes: Annotated[PositiveInt, _LIMITS] = 1 << 20

@@ -8,6 +8,9 @@ PolyrexError (adapters/errors.py)
     ├── Forbidden            403: the key's role may not do this
     ├── QuotaExceeded        403: the tenant has as many tasks, or bytes, as it may have
     ├── UnknownModel         404: neither the base model nor a task
+    ├── UnknownTenant        404
+    ├── UnknownKey           404
+    ├── TenantExists         409
     ├── PreconditionFailed   412: the task has changed since the client looked
     ├── IdempotencyMismatch  422: an Idempotency-Key comes again, with another request
     ├── TooLarge             413: the body
@@ -72,6 +75,18 @@ class UnknownModel(ServerError):
     """The field `model` names neither the base model nor a task."""
 
     param = "model"
+
+
+class UnknownTenant(ServerError):
+    """No tenant has this name."""
+
+
+class UnknownKey(ServerError):
+    """No API key has this id."""
+
+
+class TenantExists(ServerError):
+    """The name is taken by another tenant."""
 
 
 class TooLarge(ServerError):

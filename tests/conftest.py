@@ -1,4 +1,5 @@
-"""Fixtures of all tests: the real base model, a random inventory for it, random routers."""
+"""Fixtures of all tests: the real base model, a random inventory for it, random routers,
+databases."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from polyrex.adapters.files.inventory import Inventory
 from polyrex.adapters.model.base_model import DEFAULT_BASE, load_tokenizer, resolve_base
 from polyrex.adapters.spec import AdapterSpec
+from support.postgres import NOT_INSTALLED, Cluster, find_binaries, running_cluster
 from support.random_inventory import MakeRouter, make_inventory, random_router
 from support.shipped_server import shipped_server
 
@@ -32,6 +34,14 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """Mark the tests of the real base model, which `make check` leaves out."""
     if "base_path" in getattr(item, "fixturenames", ()):
         item.add_marker("real_model")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many tests did not run for want of PostgreSQL."""
+    skipped = terminalreporter.stats.get("skipped", ())
+    count = sum(NOT_INSTALLED in str(report.longrepr) for report in skipped)
+    if count:
+        terminalreporter.write_line(f"{count} tests did not run: {NOT_INSTALLED}", red=True)
 
 
 @pytest.fixture(scope="session")
@@ -66,3 +76,28 @@ def shipped_server_url(base_path: str, tmp_path_factory: pytest.TempPathFactory)
     """The address of a server process with the real base model and the shipped inventory."""
     with shipped_server(tmp_path_factory.mktemp("shipped-server")) as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def postgres_cluster() -> Iterator[Cluster]:
+    """A PostgreSQL server that all tests share; each makes its own database."""
+    binaries = find_binaries()
+    if binaries is None:
+        pytest.skip(NOT_INSTALLED)
+    with running_cluster(binaries) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def postgres_url(postgres_cluster: Cluster) -> str:
+    """The address of a new, empty PostgreSQL database."""
+    return postgres_cluster.create_database()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The address of a new, empty database: a test runs on SQLite and on PostgreSQL."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'registry.db'}"
+    url: str = request.getfixturevalue("postgres_url")
+    return url

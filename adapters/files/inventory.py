@@ -10,6 +10,10 @@ Tensors are named `<module>.<parameter>`. The metadata, all strings:
 | base | BaseIdentity as JSON |
 | targets | JSON list of [module, d_in, d_out] |
 | encoder | EncoderIdentity as JSON, where T-REX has an intuition |
+| weights | the fingerprint of the base model's weights, where known (model/fingerprint.py) |
+
+Files from before there were fingerprints lack the last one. `fingerprint.json` beside them may have
+it: a JSON object of fingerprints by the sha256 of inventories.
 
 With an intuition there are two more tensors, `intuition.centroids` and `intuition.map`.
 
@@ -20,9 +24,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +37,7 @@ from polyrex.adapters.methods.protocol import Experts
 from polyrex.adapters.methods.registry import make_experts, method_class, route, routing_shape
 from polyrex.adapters.model.attach import AdaptedModel, attach
 from polyrex.adapters.model.base_model import BaseIdentity, identify
+from polyrex.adapters.model.fingerprint import FINGERPRINT
 from polyrex.adapters.model.intuition import EncoderIdentity, Intuition
 from polyrex.adapters.spec import AdapterSpec, TargetModule
 
@@ -43,10 +49,12 @@ from .tensor_file import (
     parse,
     serialise,
     sha256,
+    strict_json,
     write_atomic,
 )
 
 FORMAT = "polyrex.inventory"
+FINGERPRINTS = "fingerprint.json"
 _HEADER_LIMIT = 32 << 20  # bytes; 432 modules with 3 tensors each take a quarter of a megabyte
 
 
@@ -88,8 +96,11 @@ def write_inventory(
 ) -> str:
     """Write the experts of an adapted model, atomically; returns the file's sha256.
 
-    Raises TensorMismatch where a value is not finite in `dtype`.
+    Experts that come from an inventory stay with the base model that it names: it is not known
+    whether one without a fingerprint was made for these weights. Raises TensorMismatch where a
+    value is not finite in `dtype`.
     """
+    base: BaseIdentity = getattr(adapted, "made_for", None) or identify(adapted.model)
     tensors = {
         name: cast_finite(parameter.detach().cpu(), dtype, f"{path}: tensor {name}")
         for name, parameter in _tensors(adapted).items()
@@ -99,14 +110,26 @@ def write_inventory(
         "format_version": "1",
         "method": adapted.spec.method,
         "hyperparameters": adapted.spec.to_json(),
-        "base": json.dumps(asdict(identify(adapted.model)), sort_keys=True),
+        "base": json.dumps(base.configuration(), sort_keys=True),
         "targets": json.dumps([[t.name, t.d_in, t.d_out] for t in adapted.targets]),
     }
+    if base.weights is not None:
+        metadata["weights"] = base.weights
     if adapted.intuition is not None:
         metadata["encoder"] = json.dumps(asdict(adapted.intuition.encoder), sort_keys=True)
     data = serialise(tensors, metadata)
     write_atomic(path, data)
     return sha256(data)
+
+
+def write_fingerprint(inventory: Inventory, weights: str) -> None:
+    """Note beside an inventory's file for which weights it was made, as the file itself does not.
+
+    Raises MalformedFile where there are notes that cannot be read.
+    """
+    path = inventory.path.with_name(FINGERPRINTS)
+    noted = {**_noted_weights(path), inventory.sha256: weights}
+    write_atomic(path, (json.dumps(noted, indent=2, sort_keys=True) + "\n").encode())
 
 
 def read_inventory(path: Path) -> Inventory:
@@ -122,7 +145,7 @@ def load_experts(inventory: Inventory, model: nn.Module) -> AdaptedModel:
     """Attach an inventory to the base model that it was made for.
 
     Every check comes before the model is touched. Raises BaseModelMismatch where the model is
-    another one, and what `read_experts` raises.
+    another one, or has other weights, and what `read_experts` raises.
     """
     inventory.base.check(identify(model), str(inventory.path))
     experts = read_experts(inventory)
@@ -132,6 +155,8 @@ def load_experts(inventory: Inventory, model: nn.Module) -> AdaptedModel:
         raise BaseModelMismatch(f"{inventory.path}: {error}") from error
     for layer, found in zip(adapted.layers, experts, strict=True):
         layer.experts = found.to(layer.base.weight.device)
+    loaded: Any = adapted
+    loaded.made_for = inventory.base
     return adapted
 
 
@@ -191,6 +216,29 @@ def _intuition(spec: AdapterSpec, file: TensorFile) -> Intuition | None:
     return intuition.requires_grad_(False)
 
 
+def _weights(path: Path, file: TensorFile, own_sha256: str) -> str | None:
+    """The fingerprint in an inventory's metadata, or else the one that is noted beside it."""
+    if "weights" in file.metadata:
+        found: Any = file.text("weights")
+    else:
+        found = _noted_weights(path.with_name(FINGERPRINTS)).get(own_sha256)
+    if found is not None and not (isinstance(found, str) and FINGERPRINT.fullmatch(found)):
+        raise MalformedFile(f"{path}: no fingerprint of weights: {found!r:.80}")
+    return found
+
+
+def _noted_weights(path: Path) -> dict[str, Any]:
+    try:
+        found = strict_json(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise MalformedFile(f"{path}: cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise MalformedFile(f"{path}: must hold a JSON object")
+    return found
+
+
 def _read(path: Path) -> tuple[Inventory, TensorFile]:
     try:
         data = path.read_bytes()
@@ -204,6 +252,7 @@ def _read(path: Path) -> tuple[Inventory, TensorFile]:
             raise MalformedFile(f"{path}: method and hyperparameters contradict each other")
         targets = tuple(TargetModule(*fields) for fields in file.json("targets"))
         base = BaseIdentity(**file.json_object("base"))
+        base = replace(base, weights=_weights(path, file, sha256(data)))
     except (SpecError, TypeError) as error:
         raise MalformedFile(f"{path}: {error}") from error
     if not targets:

@@ -30,6 +30,8 @@ from transformers import (
 from polyrex.adapters.errors import BaseModelMismatch, DeviceError, FileError, SpecError
 from polyrex.kernels.cpu.build import cache_folder
 
+from .fingerprint import comparable, fingerprint
+
 logger = logging.getLogger(__name__)
 
 DEFAULT_BASE = "smollm2-135m-instruct"
@@ -45,16 +47,64 @@ class BaseIdentity:
     layers: int
     vocabulary_size: int
     config_sha256: str
+    weights: str | None = None  # their fingerprint; None where it is not known
+
+    def configuration(self) -> dict[str, Any]:
+        """All fields but the weights."""
+        return {name: value for name, value in asdict(self).items() if name != "weights"}
 
     def check(self, found: BaseIdentity, source: str) -> None:
-        """Raise BaseModelMismatch naming the first field that differs; `source` is the file."""
-        for name, expected in asdict(self).items():
+        """Check configuration and weights of the model that was found; `source` is the file.
+
+        Raises BaseModelMismatch as `check_configuration` and `check_weights` do.
+        """
+        self.check_configuration(found, source)
+        self.check_weights(found.weights, source)
+
+    def check_configuration(self, found: BaseIdentity, source: str) -> None:
+        """Raise BaseModelMismatch naming the first field that differs, without the weights."""
+        for name, expected in self.configuration().items():
             value = getattr(found, name)
             if value != expected:
                 raise BaseModelMismatch(
                     f"{source}: made for a base model with {name} {expected}, "
                     f"but the loaded model has {value}"
                 )
+
+    def check_weights(self, found: str | None, source: str) -> None:
+        """Raise BaseModelMismatch where the fingerprint that was found is another one.
+
+        Where the two cannot be compared, a warning is logged.
+        """
+        if self.weights is None:
+            logger.warning(
+                "%s: does not say for which weights it was made; a fine-tune of the same shape "
+                "would not be noticed",
+                source,
+            )
+        elif found is None:
+            logger.warning(
+                "%s: made for a base model with weights %s; those of the model that is used are "
+                "in no safetensors files, and were not checked",
+                source,
+                self.weights,
+            )
+        elif comparable(self.weights, found):
+            if self.weights != found:
+                raise BaseModelMismatch(
+                    f"{source}: made for a base model with weights {self.weights}, but the loaded "
+                    f"model has {found}: it is another fine-tune or revision of the same shape. "
+                    "Load the model that the inventory was made for, or train an inventory for "
+                    "this one"
+                )
+        else:
+            logger.warning(
+                "%s: made for a base model with weights %s; the loaded model has %s, "
+                "which cannot be compared",
+                source,
+                self.weights,
+                found,
+            )
 
 
 # The fields of a config that decide what the weights mean. The others (dtype, cache, token ids,
@@ -76,8 +126,13 @@ _IDENTITY_FIELDS = (
 
 
 def identify(model: nn.Module) -> BaseIdentity:
-    """The identity of a loaded Hugging Face model, from its config."""
+    """The identity of a loaded Hugging Face model, from its config and the files of its weights.
+
+    A model that was changed after it was loaded still has the fingerprint of its files; one that
+    was never loaded has none.
+    """
     config: Any = model.config
+    source = getattr(model, "name_or_path", "")
     known = {name: getattr(config, name, None) for name in _IDENTITY_FIELDS}
     digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
     return BaseIdentity(
@@ -86,6 +141,7 @@ def identify(model: nn.Module) -> BaseIdentity:
         layers=config.num_hidden_layers,
         vocabulary_size=config.vocab_size,
         config_sha256=digest,
+        weights=fingerprint(source) if source else None,
     )
 
 
@@ -102,6 +158,11 @@ def resolve_base(name: str, progress: Callable[[str], None] = logger.info) -> st
         progress(f"converting {DEFAULT_BASE} from its package to {target} (once)")
         _convert_smollm2(target)
     return str(target)
+
+
+def weights_of(name: str) -> str | None:
+    """The fingerprint of a base model as the user names it; None where its files are not here."""
+    return fingerprint(str(cache_folder() / DEFAULT_BASE) if name == DEFAULT_BASE else name)
 
 
 def _convert_smollm2(target: Path) -> None:

@@ -19,7 +19,7 @@ from polyrex.adapters.errors import DataError
 from polyrex.adapters.rows import read_rows
 from polyrex.server.config import FLAT
 
-from .tasks import Connection
+from .remote.connection import Connection
 
 Event = dict[str, Any]
 

@@ -36,6 +36,17 @@ COMMANDS = {
     "tasks": Command(
         "polyrex.server.cli.tasks:command", "List, show, add and drop tasks of a running server."
     ),
+    "tenants": Command(
+        "polyrex.server.cli.remote.tenants:command",
+        "Create, list and change the tenants of a running server.",
+    ),
+    "keys": Command(
+        "polyrex.server.cli.remote.keys:command",
+        "Create, list, rotate and revoke API keys of a running server.",
+    ),
+    "registry": Command(
+        "polyrex.server.cli.registry:app", "Migrate, check, back up and copy the registry of tasks."
+    ),
     "fit": Command(
         "polyrex.server.cli.fit:fit", "Fit a task to a few rows on a running server.", failure=2
     ),
@@ -64,6 +75,9 @@ COMMANDS = {
         "polyrex.server.cli.plan:plan", "Predict the memory and speed of a deployment.", failure=2
     ),
 }
+
+GROUPS = ("tasks", "tenants", "keys", "registry")
+"""Commands that have subcommands, and print their help where none is asked for."""
 
 _SETTINGS = (
     "A setting comes from its flag, else from its environment variable"
@@ -126,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    if given in ([], ["tasks"]):  # help was printed, but nothing was asked for
+    if not given or given in [[group] for group in GROUPS]:  # only help was printed
         return 2
     return status if isinstance(status, int) else 0
 

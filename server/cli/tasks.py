@@ -2,103 +2,65 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 from urllib.parse import quote
 
 import httpx
-from cyclopts import App, Group, Parameter
-from cyclopts.types import ExistingFile
+from cyclopts import Parameter
+from cyclopts.types import ExistingFile, PositiveInt
+from cyclopts.validators import Number
 from rich.console import Console
 from rich.table import Table
 
-from polyrex.server.config import FLAT
-from polyrex.server.errors import ServerError
+from .remote.connection import Client, ask, group, show_json
 
-from .settings import EVERY_OPTION
+Name = Annotated[str, Parameter(help="Name of the task; `tenant:name` for another tenant's.")]
+Version = Annotated[PositiveInt, Parameter(help="Number of the version.")]
+Alias = Annotated[str, Parameter(help="Alias: `name@alias` means the version.")]
+Tenant = Annotated[str, Parameter(help="Name of the other tenant.")]
+Labels = Annotated[
+    tuple[str, ...], Parameter(name="label", help="Label as key=value; may be given several times.")
+]
 
-
-class CommandFailed(ServerError):
-    """The server could not be asked, or refused."""
-
-
-_SERVER = Parameter(group=Group("Server", sort_key=90))
-
-
-@dataclass(frozen=True)
-class Connection:
-    """How to reach a running server."""
-
-    server: Annotated[str, _SERVER] = "http://127.0.0.1:8000"
-    """Address of the server."""
-    api_key_file: Annotated[Path | None, _SERVER] = None
-    """File whose first line is an API key."""
-
-    def client(self) -> httpx.Client:
-        """A client of the server. Raises CommandFailed where the key cannot be read."""
-        headers = {}
-        if self.api_key_file is not None:
-            headers["Authorization"] = f"Bearer {self._key(self.api_key_file)}"
-        return httpx.Client(base_url=self.server, headers=headers, timeout=60, trust_env=False)
-
-    @staticmethod
-    def _key(path: Path) -> str:
-        try:
-            words = path.read_text().split()
-        except (OSError, UnicodeDecodeError) as error:
-            raise CommandFailed(f"{path}: the API key cannot be read: {error}") from error
-        if not words:
-            raise CommandFailed(f"{path}: holds no API key")
-        return words[0]
-
-
-Client = Annotated[httpx.Client, Parameter(parse=False)]
-"""Made by `tasks` for every subcommand."""
-
-app = App(
-    name="tasks",
-    help="List, show, add and drop the tasks of a running server.",
-    default_parameter=EVERY_OPTION,
-    result_action="return_value",
-    exit_on_error=False,
-    print_error=False,
-)
+app = group("tasks", "List, show, add, drop and change the tasks of a running server.")
 command = app.meta
-"""`app` with the options of `tasks`, which may stand before a subcommand or after it."""
-
-
-@command.default
-def tasks(
-    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
-    connection: Annotated[Connection, FLAT] = Connection(),
-) -> None:
-    """List, show, add and drop the tasks of a running server."""
-    function, bound, ignored = app.parse_args(tokens)
-    if "client" not in ignored:  # help
-        function(*bound.args, **bound.kwargs)
-        return
-    with connection.client() as client:
-        function(*bound.args, **bound.kwargs, client=client)
 
 
 @app.command(name="list")
-def list_tasks(*, client: Client) -> None:
-    """List every task, ordered by name."""
-    table = Table("name", "version", "bytes", "description")
-    for task in _pages(client):
-        table.add_row(
-            task["name"], str(task["version"]), str(task["size_bytes"]), task["description"]
-        )
+def list_tasks(
+    *,
+    query: Annotated[
+        str | None, Parameter(help="Only tasks with this text in the name or the description.")
+    ] = None,
+    labels: Labels = (),
+    deleted: Annotated[
+        bool, Parameter(help="The tasks that were dropped, and can be undeleted.", negative=())
+    ] = False,
+    client: Client,
+) -> None:
+    """List the tenant's tasks, ordered by name."""
+    wanted: dict[str, Any] = {"label": labels, "deleted": str(deleted).lower()}
+    if query is not None:
+        wanted["q"] = query
+    table = Table("name", "version", "bytes", "labels", "description")
+    for task in _pages(client, wanted):
+        label = " ".join(f"{key}={value}" for key, value in task["labels"].items())
+        sizes = (str(task["version"]), str(task["size_bytes"]))
+        table.add_row(task["name"], *sizes, label, task["description"])
     Console().print(table)
 
 
 @app.command
-def show(name: str, *, client: Client) -> None:
+def show(
+    name: Annotated[
+        str, Parameter(help="Name of the task; `name@3` or `name@alias` for that version of it.")
+    ],
+    *,
+    client: Client,
+) -> None:
     """Print what the server knows of a task, as JSON."""
-    _print(_ask(client, "GET", f"/v1/tasks/{quote(name, safe='')}"))
+    show_json(ask(client, "GET", _path(name)))
 
 
 @app.command
@@ -111,19 +73,19 @@ def add(
     replace: Annotated[
         bool, Parameter(help="Give an existing task a new version.", negative=())
     ] = False,
+    labels: Labels = (),
     client: Client,
 ) -> None:
     """Register a router as a task."""
     name = name or file.name.removesuffix(".safetensors")
-    method, path = (
-        ("PUT", f"/v1/tasks/{quote(name, safe='')}") if replace else ("POST", "/v1/tasks")
-    )
-    _print(
-        _ask(
+    method, path = ("PUT", _path(name)) if replace else ("POST", "/v1/tasks")
+    named = {} if replace else {"name": name}
+    show_json(
+        ask(
             client,
             method,
             path,
-            params={} if replace else {"name": name},
+            params={**named, "label": labels},
             content=file.read_bytes(),
             headers={"Content-Type": "application/octet-stream"},
         )
@@ -131,32 +93,100 @@ def add(
 
 
 @app.command
-def drop(name: str, *, client: Client) -> None:
-    """Drop a task."""
-    _print(_ask(client, "DELETE", f"/v1/tasks/{quote(name, safe='')}"))
+def drop(name: Name, *, client: Client) -> None:
+    """Drop a task; it can be undeleted for some days."""
+    show_json(ask(client, "DELETE", _path(name)))
 
 
-def _pages(client: httpx.Client) -> Iterator[dict[str, Any]]:
+@app.command
+def undelete(name: Name, *, client: Client) -> None:
+    """Take back a drop."""
+    show_json(ask(client, "POST", _path(name, "undelete"), json={}))
+
+
+@app.command
+def versions(name: Name, *, client: Client) -> None:
+    """List the versions of a task that are kept."""
+    table = Table("version", "bytes", "router", "description")
+    for version in ask(client, "GET", _path(name, "versions"))["data"]:
+        table.add_row(
+            str(version["version"]),
+            str(version["size_bytes"]),
+            version["router_sha256"][:12],
+            version["description"],
+        )
+    Console().print(table)
+
+
+@app.command
+def rollback(
+    name: Name,
+    *,
+    to: Annotated[
+        PositiveInt | None,
+        Parameter(help="Number of the version; the last before the current one if not given."),
+    ] = None,
+    client: Client,
+) -> None:
+    """Make another version the current one, an earlier or a later one."""
+    show_json(ask(client, "POST", _path(name, "rollback"), json={"version": to}))
+
+
+@app.command
+def alias(name: Name, alias: Alias, version: Version, *, client: Client) -> None:
+    """Give a version another name, or move that name to it."""
+    body = {"version": version}
+    show_json(ask(client, "PUT", _path(name, "aliases", alias), json=body))
+
+
+@app.command
+def unalias(name: Name, alias: Alias, *, client: Client) -> None:
+    """Take a version's other name away."""
+    show_json(ask(client, "DELETE", _path(name, "aliases", alias)))
+
+
+@app.command
+def canary(
+    name: Name,
+    version: Version,
+    share: Annotated[
+        float, Parameter(help="Share of the requests, 0 to 1.", validator=Number(gte=0, lte=1))
+    ],
+    *,
+    client: Client,
+) -> None:
+    """Let another version answer a share of a task's requests."""
+    body = {"version": version, "share": share}
+    show_json(ask(client, "PUT", _path(name, "canary"), json=body))
+
+
+@app.command
+def uncanary(name: Name, *, client: Client) -> None:
+    """Let the current version answer every request again."""
+    show_json(ask(client, "DELETE", _path(name, "canary")))
+
+
+@app.command
+def share(name: Name, tenant: Tenant, *, client: Client) -> None:
+    """Let another tenant use a task."""
+    show_json(ask(client, "PUT", _path(name, "shared_with", tenant)))
+
+
+@app.command
+def unshare(name: Name, tenant: Tenant, *, client: Client) -> None:
+    """Stop sharing a task with another tenant."""
+    show_json(ask(client, "DELETE", _path(name, "shared_with", tenant)))
+
+
+def _path(name: str, *parts: str) -> str:
+    return "/".join(("/v1/tasks", *(quote(part, safe="") for part in (name, *parts))))
+
+
+def _pages(client: httpx.Client, wanted: dict[str, Sequence[str]]) -> Iterator[dict[str, Any]]:
     after: dict[str, str] = {}
     more = True
     while more:
-        page = _ask(client, "GET", "/v1/tasks", params={"limit": "1000", **after})
+        page = ask(client, "GET", "/v1/tasks", params={"limit": "1000", **wanted, **after})
         yield from page["data"]
         more = page["has_more"]
         after = {"after": page["data"][-1]["name"]} if more else {}
-
-
-def _ask(client: httpx.Client, method: str, path: str, **request: Any) -> dict[str, Any]:
-    """The server's answer. Raises CommandFailed where it is an error, or none comes."""
-    try:
-        response = client.request(method, path, **request)
-    except httpx.TransportError as error:
-        raise CommandFailed(f"{client.base_url}: {error}") from error
-    answer: dict[str, Any] = response.json()
-    if response.is_error:
-        raise CommandFailed(answer["error"]["message"])
-    return answer
-
-
-def _print(answer: dict[str, Any]) -> None:
-    print(json.dumps(answer, indent=2))

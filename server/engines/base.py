@@ -80,12 +80,14 @@ class TokenChunk:
 
     If prompt log-probabilities were asked for, the first chunk has them in `prompt`: a Token for
     each token of the prompt, the first without a log-probability. An end-of-sequence token is not
-    in `tokens`: the finish reason "stop" stands for it.
+    in `tokens`: the finish reason "stop" stands for it. Every chunk says how many of the prompt's
+    tokens were `cached`: their keys and values were there, and were not computed again.
     """
 
     tokens: tuple[Token, ...]
     finish_reason: FinishReason | None = None
     prompt: tuple[Token, ...] | None = None
+    cached: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ class EngineStats:
     generated_tokens: int
     adapter_steps: Mapping[str, int] = field(default_factory=dict)
     """Forward passes with adapters, by path (kernels/step_plan.py), if the engine counts them."""
+    prefix_queries: int = 0  # prompt tokens that were looked for in the prefix cache
+    prefix_hits: int = 0  # of them, those that were found
 
 
 class Engine(Protocol):

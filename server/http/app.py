@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 
 from fastapi import FastAPI
 from transformers import PreTrainedTokenizerBase
 
-from polyrex.adapters.files.registry import TaskRegistry
 from polyrex.server.config import ServerConfig
 from polyrex.server.engines.base import Engine
+from polyrex.server.errors import StorageError
+from polyrex.server.registry.edits import TaskEdits
+from polyrex.server.registry.registry import TaskRegistry
+from polyrex.server.registry.tenants.directory import Directory
 from polyrex.server.requests.admission import Gate, Readiness
 from polyrex.server.requests.fitting import Fitter
 from polyrex.server.requests.metrics import Metrics
 from polyrex.server.requests.prepare import RequestPreparer
 from polyrex.server.requests.prompt_routing import PromptIntuition
+from polyrex.server.requests.quotas import TenantQuotas
 from polyrex.server.requests.text import Tokenizer
 
-from .auth import Authentication
+from .access import check_declared
+from .auth import Guard
 from .context import AppContext
 from .error_handlers import install_error_handlers
 from .limits import BodyLimit, CountAnswers, HeaderLimit
-from .routes import fit, health, openai, tasks
+from .routes import fit, health, lora, openai, tasks, tenants, versions
 
 logger = logging.getLogger(__name__)
+
+_PURGE_SECONDS = 3600
 
 
 def create_app(
@@ -37,12 +45,14 @@ def create_app(
     tokenizer: PreTrainedTokenizerBase,
     intuition: PromptIntuition | None = None,
 ) -> FastAPI:
-    """Build the application around an engine; the application's lifespan starts and stops it.
+    """Build the application around an engine and a registry; its lifespan starts and stops both.
 
-    A request passes, outermost first: the count of answers, the limit on headers, the API keys,
-    the limit on the body, the routes.
+    A request passes, outermost first: the count of answers, the limit on headers, the guard
+    (API keys and roles), the limit on the body, the routes.
     """
     gate = Gate(config.max_in_flight)
+    directory = Directory(registry.database)
+    registry.on_change(directory.follow)
     text = Tokenizer(tokenizer)
     context = AppContext(
         config=config,
@@ -52,6 +62,9 @@ def create_app(
         preparer=RequestPreparer(config.model, registry, text, engine, intuition),
         metrics=Metrics(engine, registry, gate),
         gate=gate,
+        edits=TaskEdits(registry),
+        directory=directory,
+        quotas=TenantQuotas(directory),
         readiness=Readiness(),
         fitter=Fitter(config.model, registry, config.fit_device),
     )
@@ -59,13 +72,13 @@ def create_app(
         title="polyrex", version=version("polyrex"), lifespan=_lifespan, redirect_slashes=False
     )
     app.state.context = context
-    for routes in (openai, tasks, fit, health):
+    for routes in (openai, tasks, versions, lora, fit, tenants, health):
         app.include_router(routes.router)
+    check_declared(app.routes)
     install_error_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, limit=config.max_body_bytes)
-    if config.api_key_digests:
-        app.add_middleware(Authentication, digests=config.api_key_digests)
+    app.add_middleware(Guard, config=config, directory=directory)
     app.add_middleware(HeaderLimit, config=config)
     app.add_middleware(CountAnswers, counter=context.metrics.http_requests)
     return app
@@ -75,13 +88,17 @@ def create_app(
 async def _lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
     """Start the engine in the background, so that the health routes answer meanwhile."""
     context: AppContext = app.state.context
-    starting = asyncio.create_task(_start(context))
+    context.registry.start()
+    starting, stopping = asyncio.create_task(_start(context)), asyncio.Event()
+    purging = asyncio.create_task(_purge(context, stopping))
     try:
         yield
     finally:
         starting.cancel()
-        await asyncio.gather(starting, return_exceptions=True)
+        stopping.set()  # and not cancelled: its thread may have the database in use
+        await asyncio.gather(starting, purging, return_exceptions=True)
         await context.engine.stop()
+        await asyncio.to_thread(context.registry.close)
 
 
 async def _start(context: AppContext) -> None:
@@ -91,3 +108,15 @@ async def _start(context: AppContext) -> None:
         logger.exception("the engine failed to start")
         context.readiness.failure = error
     context.readiness.settled.set()
+
+
+async def _purge(context: AppContext, stopping: asyncio.Event) -> None:
+    """Delete for good, every hour, what was dropped long ago."""
+    kept = context.registry.config.retention_days * 24 * 3600
+    while not stopping.is_set():
+        try:
+            await asyncio.to_thread(context.edits.purge, time.time() - kept)
+        except StorageError as error:
+            logger.warning("dropped tasks are not purged: %s", error)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stopping.wait(), _PURGE_SECONDS)

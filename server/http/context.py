@@ -8,15 +8,18 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from polyrex.adapters.files.registry import TaskRegistry
 from polyrex.server.config import ServerConfig
 from polyrex.server.engines.base import Engine
 from polyrex.server.errors import InvalidRequest
+from polyrex.server.registry.edits import TaskEdits
 from polyrex.server.registry.principal import Principal
+from polyrex.server.registry.registry import TaskRegistry
+from polyrex.server.registry.tenants.directory import Directory
 from polyrex.server.requests.admission import Gate, Readiness
 from polyrex.server.requests.fitting import Fitter
 from polyrex.server.requests.metrics import Metrics
 from polyrex.server.requests.prepare import RequestPreparer
+from polyrex.server.requests.quotas import TenantQuotas
 from polyrex.server.requests.text import Tokenizer
 
 
@@ -31,6 +34,9 @@ class AppContext:
     preparer: RequestPreparer
     metrics: Metrics
     gate: Gate
+    edits: TaskEdits
+    directory: Directory
+    quotas: TenantQuotas
     readiness: Readiness
     fitter: Fitter
     started: int = field(default_factory=lambda: int(time.time()))

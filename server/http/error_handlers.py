@@ -37,8 +37,11 @@ from polyrex.server.errors import (
     StorageError,
     StorageFull,
     TaskDamaged,
+    TenantExists,
     TooLarge,
+    UnknownKey,
     UnknownModel,
+    UnknownTenant,
     UnsupportedBody,
 )
 
@@ -61,6 +64,9 @@ _ANSWERS: Mapping[type[Exception], _Answer] = {
     QuotaExceeded: _Answer(403, "permission_error", "quota_exceeded"),
     UnknownTask: _Answer(404, "not_found_error", "task_not_found"),
     UnknownModel: _Answer(404, "not_found_error", "model_not_found"),
+    UnknownTenant: _Answer(404, "not_found_error", "tenant_not_found"),
+    UnknownKey: _Answer(404, "not_found_error", "key_not_found"),
+    TenantExists: _Answer(409, "conflict_error", "tenant_exists"),
     TaskExists: _Answer(409, "conflict_error", "task_exists"),
     InventoryMismatch: _Answer(409, "conflict_error", "inventory_mismatch"),
     PreconditionFailed: _Answer(412, "conflict_error", "precondition_failed"),
@@ -95,7 +101,10 @@ def error_response(error: Exception) -> JSONResponse:
     answer = next((_ANSWERS[cls] for cls in type(error).__mro__ if cls in _ANSWERS), _UNEXPECTED)
     message = "the server failed on this request" if answer is _UNEXPECTED else str(error)
     body = error_body(message, answer.type, getattr(error, "param", None), answer.code)
-    return JSONResponse(body, answer.status, answer.headers)
+    headers = dict(answer.headers)
+    if isinstance(error, RateLimited):
+        headers["Retry-After"] = str(error.retry_after)
+    return JSONResponse(body, answer.status, headers)
 
 
 def invalid_fields(errors: Sequence[Any]) -> InvalidRequest:
@@ -131,7 +140,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def http_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        known = {404: f"no route {request.url.path!r:.200}", 405: "method not allowed here"}
+        known = {404: f"no route {request.scope['path']!r:.200}", 405: "method not allowed here"}
         message = known.get(error.status_code, str(error.detail))
         code = HTTPStatus(error.status_code).name.lower()
         body = error_body(message, "invalid_request_error", None, code)

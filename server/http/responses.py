@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, ClassVar
 
-from polyrex.adapters.files.task import TaskInfo
+from polyrex.server.registry.principal import Principal, Role
+from polyrex.server.registry.records import Canary, TaskRecord, VersionRecord
 from polyrex.server.requests.generation import Piece, TextToken
 from polyrex.server.requests.prepare import PreparedRequest
 
@@ -17,6 +18,26 @@ LEAST_LOGPROB = -9999.0
 """The log-probability shown for a probability of 0: JSON has no infinity."""
 
 
+_STATUSES: Mapping[int, str] = {
+    200: "the task as it stands now; `ETag` is its revision, `x-polyrex-revision` the registry's",
+    201: "the task is new",
+    400: "a field or a header is wrong",
+    403: "the key's role may not do this, or the tenant's quota is used up",
+    404: "no such task or version, or not for this key",
+    409: "the name has another router, or the router was made for another inventory",
+    412: "the task is not as If-Match or If-None-Match says",
+    415: "the body's content type is not one that this route reads",
+    422: "the bytes are no router, or the Idempotency-Key came with another request before",
+    503: "the registry cannot be reached, or does not know the revision yet that was asked for",
+    507: "the registry's database is full",
+}
+
+
+def described(*statuses: int) -> dict[int | str, Json]:
+    """What OpenAPI says of the answers of a route of tasks."""
+    return {status: {"description": _STATUSES[status]} for status in statuses}
+
+
 def version_headers(prepared: PreparedRequest) -> dict[str, str]:
     """The response header that says which task version answers."""
     if prepared.task is None:
@@ -24,27 +45,70 @@ def version_headers(prepared: PreparedRequest) -> dict[str, str]:
     return {"x-polyrex-task-version": f"{prepared.task.info.name}@{prepared.task.info.version}"}
 
 
-def task_shape(info: TaskInfo) -> Json:
-    """A task, as every route that shows one shows it."""
+def task_shape(
+    task: TaskRecord,
+    asker: Principal,
+    served: str,
+    version: VersionRecord | None = None,
+    counted: Mapping[int, int] | None = None,
+) -> Json:
+    """A task, as every route that shows one shows it; `served` is the server's inventory's sha256.
+
+    The version shown is the current one if none is given. `counted` are the requests that this
+    server has answered, by version, since the task has its canary. Only its owner sees with whom
+    else a task is shared.
+    """
+    shown = version or task.current
+    owned = asker.role is Role.server_admin or asker.tenant == task.tenant
     return {
-        "name": info.name,
+        "name": task.name,
         "object": "task",
-        "version": info.version,
-        "router_sha256": info.router_sha256,
-        "size_bytes": info.size_bytes,
-        "created": int(info.created),
-        "description": info.description,
-        "provenance": dict(info.provenance),
-        "scores": dict(info.scores),
+        **version_shape(shown, served),
+        "tenant": task.tenant,
+        "current_version": task.current.version,
+        "last_version": task.last_version,
+        "labels": dict(task.labels),
+        "aliases": dict(task.aliases),
+        "canary": None if task.canary is None else _canary_shape(task.canary, counted or {}),
+        "shared_with": list(task.shared_with) if owned else [asker.tenant],
+        "deleted": None if task.deleted is None else int(task.deleted),
     }
 
 
-def _usage(prepared: PreparedRequest, generated: int) -> Json:
-    """Token counts; a prompt counts once, however many completions it has."""
+def _canary_shape(canary: Canary, counted: Mapping[int, int]) -> Json:
+    requests = {str(version): count for version, count in sorted(counted.items())}
+    return {"version": canary.version, "share": canary.share, "requests": requests}
+
+
+def version_shape(version: VersionRecord, served: str) -> Json:
+    """One version of a task; `served` is the sha256 of the server's inventory."""
+    return {
+        "version": version.version,
+        "router_sha256": version.router_sha256,
+        "size_bytes": version.size_bytes,
+        "created": int(version.created),
+        "description": version.description,
+        "provenance": dict(version.provenance),
+        "scores": dict(version.scores),
+        "template": version.template,
+        "servable": version.inventory_sha256 == served,
+    }
+
+
+def _usage(prepared: PreparedRequest, generated: int, cached: Sequence[int]) -> Json:
+    """Token counts; a prompt counts once, however many completions it has.
+
+    `cached` has a number for each choice. Those of one prompt may share what one of them computed:
+    the least of them was there before the request.
+    """
+    first_ones = range(0, len(cached), prepared.n)
     return {
         "prompt_tokens": prepared.prompt_tokens,
         "completion_tokens": generated,
         "total_tokens": prepared.prompt_tokens + generated,
+        "prompt_tokens_details": {
+            "cached_tokens": sum(min(cached[at : at + prepared.n]) for at in first_ones)
+        },
     }
 
 
@@ -67,7 +131,8 @@ class Shape(ABC):
         choices = [self.choice(index, own) for index, own in enumerate(pieces)]
         generated = sum(piece.generated for own in pieces for piece in own)
         envelope = self._envelope(prepared, self.whole_object, choices)
-        return envelope | {"usage": _usage(prepared, generated)}
+        cached = [own[-1].cached for own in pieces]
+        return envelope | {"usage": _usage(prepared, generated, cached)}
 
     async def stream(
         self,
@@ -79,17 +144,19 @@ class Shape(ABC):
         """Render the events of a streamed response, one for each piece that shows something."""
         begun: set[int] = set()
         generated = 0
+        cached = [0] * len(prepared.choices)
         counts = {"usage": None} if include_usage else {}
         async with aclosing(pieces):
             async for index, piece in pieces:
                 generated += piece.generated
+                cached[index] = piece.cached
                 if piece.text or piece.tokens or piece.finish_reason is not None:
                     choice = self.chunk_choice(index, piece, first=index not in begun)
                     begun.add(index)
                     yield self._envelope(prepared, self.chunk_object, [choice]) | counts
         if include_usage:
             last = self._envelope(prepared, self.chunk_object, [])
-            yield last | {"usage": _usage(prepared, generated)}
+            yield last | {"usage": _usage(prepared, generated, cached)}
 
     def _envelope(self, prepared: PreparedRequest, kind: str, choices: Sequence[Json]) -> Json:
         return {

@@ -8,10 +8,11 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from polyrex.adapters.errors import FileError, UnknownTask
+from polyrex.adapters.errors import UnknownTask
 from polyrex.adapters.files.examples import MAX_TOKENS, Example
-from polyrex.adapters.files.registry import TaskRegistry
 from polyrex.server.config import ServerConfig
+from polyrex.server.registry.principal import OPERATOR
+from polyrex.server.registry.registry import TaskRegistry
 
 _WIDTH = 100
 _BASE = "base model"
@@ -34,9 +35,10 @@ def examples_text(config: ServerConfig, registry: TaskRegistry, examples: Sequen
 def _holds(example: Example, registry: TaskRegistry) -> bool:
     """Whether the task is registered, with the very router that gave the example's answer."""
     try:
-        return registry.info(example.task).router_sha256 == example.router_sha256
-    except (FileError, UnknownTask):
+        found = registry.find(OPERATOR, example.task).current
+    except UnknownTask:
         return False
+    return found.router_sha256 == example.router_sha256
 
 
 def _description(example: Example, width: int) -> str:
@@ -56,9 +58,9 @@ def _one_line(answer: str) -> str:
 
 def _any_request(registry: TaskRegistry) -> dict[str, str]:
     """The first task's example prompt, or a prompt for the base model."""
-    for task in registry.list(limit=100):
-        prompt = task.provenance.get("example_prompt")
-        if isinstance(prompt, str):
+    for task in registry.page(OPERATOR).tasks:
+        prompt = task.current.provenance.get("example_prompt")
+        if isinstance(prompt, str) and task.current.inventory_sha256 == registry.inventory.sha256:
             return {"task": task.name, "prompt": prompt}
     return {"prompt": "The capital of France is"}
 

@@ -12,15 +12,18 @@ from polyrex.adapters.errors import FileError
 from polyrex.adapters.files.bundle import INVENTORY, Bundle
 from polyrex.adapters.files.examples import Example, read_examples
 from polyrex.adapters.files.inventory import Inventory, load_experts
-from polyrex.adapters.files.registry import TaskRegistry
 from polyrex.adapters.model.base_model import load_base, load_tokenizer, resolve_base, torch_dtype
 from polyrex.adapters.model.devices import pick_device
-from polyrex.server.config import Device, EngineName, Launch, ServerConfig
+from polyrex.server.config import Device, EngineName, Launch, RegistryConfig, ServerConfig
 from polyrex.server.engines.base import Engine
 from polyrex.server.engines.threads import in_passing_thread
 from polyrex.server.engines.vllm.version import check_build
 from polyrex.server.errors import StartError
 from polyrex.server.http.app import create_app
+from polyrex.server.registry.database import Database
+from polyrex.server.registry.files.shipped import register_shipped
+from polyrex.server.registry.files.takeover import take_over
+from polyrex.server.registry.registry import TaskRegistry
 from polyrex.server.requests.prompt_routing import prompt_intuition
 
 from .progress import Progress
@@ -51,12 +54,24 @@ def load(launch: Launch, progress: Progress) -> Loaded:
     with progress.stage(f"the {launch.engine} engine"):
         engine = _ENGINES[launch.engine](launch, base, inventory)
     with progress.stage(f"tasks in {launch.tasks_folder}"):
-        registry = TaskRegistry(launch.tasks_folder, inventory, bundle.folder)
+        registry = open_registry(launch.registry, launch.tasks_folder, bundle)
     rejected = len(registry.rejected)
     progress.say(f"{len(registry)} tasks" + (f", {rejected} files rejected" if rejected else ""))
     intuition = prompt_intuition(inventory)
     app = create_app(server_settings(launch), engine, registry, tokenizer, intuition)
     return Loaded(app, registry, examples)
+
+
+def open_registry(config: RegistryConfig, folder: Path, bundle: Bundle) -> TaskRegistry:
+    """Open the registry's database, and bring in what lies in files.
+
+    That is a state folder of before there was a database, and the routers that come with the
+    inventory. Raises StartError or StorageError.
+    """
+    database = Database(config.url or f"sqlite:///{folder / 'registry.db'}")
+    rejected = take_over(database, bundle.inventory, folder)
+    rejected |= register_shipped(database, bundle.inventory, bundle.folder)
+    return TaskRegistry(database, bundle.inventory, config, rejected)
 
 
 def server_settings(launch: Launch) -> ServerConfig:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import ipaddress
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -16,16 +15,13 @@ from fastapi import FastAPI
 
 from polyrex.server.config import ServerConfig
 from polyrex.server.errors import StartError
+from polyrex.server.http.hosts import is_loopback
 from polyrex.server.requests.admission import Readiness
 
 
 def check_exposure(host: str, *, keys: bool, insecure: bool) -> None:
     """Raise StartError where a server without API keys would be open to the network."""
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
-    if not (loopback or keys or insecure):
+    if not (is_loopback(host) or keys or insecure):
         raise StartError(
             f"{host} can be reached from outside, and no API key would be required: "
             "give --api-key-file FILE, or --insecure if that is meant"

@@ -8,12 +8,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
-from sqlalchemy import Connection, Engine, create_engine, event, insert, select, update
+from sqlalchemy import URL, Connection, Engine, insert, make_url, select, update
+from sqlalchemy.exc import ArgumentError, DBAPIError
 
-from .principal import DEFAULT_TENANT, Principal
-from .schema import audit, metadata, state, tenants
+from polyrex.server.errors import StartError, StorageError
+
+from .principal import Principal
+from .schema import audit, state
+from .storage.backend import Backend
+from .storage.failures import Access, Health, Watch
+from .storage.postgres import Postgres
+from .storage.sqlite import Sqlite
+
+_TURN_SECONDS = 20.0  # that a change may wait for those before it
+_LOCKED = select(state.c.revision).where(state.c.id == 1).with_for_update()
 
 
 @dataclass
@@ -51,27 +62,42 @@ class Change:
 class Database:
     """One database; every method may be called from any thread."""
 
-    def __init__(self, url: str) -> None:
-        """Open it. Raises StartError where that fails, or another server has its file."""
-        self.engine: Engine = create_engine(url)
-        self._writing = threading.Lock()
-        if self.engine.dialect.name == "sqlite":
-            event.listen(self.engine, "connect", _sqlite_connect)
-            event.listen(self.engine, "begin", _sqlite_begin)
-        metadata.create_all(self.engine)
-        with self.engine.begin() as connection:
-            if connection.execute(select(state.c.id)).first() is None:
-                first = {"id": 1, "revision": 0, "secret": secrets.token_bytes(32)}
-                connection.execute(insert(state), first)
-                now = time.time()
-                connection.execute(
-                    insert(tenants), {"id": 1, "name": DEFAULT_TENANT, "created": now, "quotas": {}}
-                )
+    def __init__(self, url: str, *, serving: bool = True) -> None:
+        """Open it, and create or migrate its tables.
+
+        A file is then this process's alone. Without `serving`, the database is left as it is, and a
+        server may use it at the same time. Raises StartError where it cannot be used, or another
+        server has the file.
+        """
+        self._backend = open_backend(url, serving=serving)
+        self._turn = threading.Lock()
+        self._watch = Watch()
+
+    @property
+    def engine(self) -> Engine:
+        """SQLAlchemy's engine, for what needs a connection of its own."""
+        return self._backend.engine
+
+    @property
+    def health(self) -> Health:
+        """Whether the last reading and the last writing transaction worked."""
+        return self._watch.health
+
+    @property
+    def secret(self) -> bytes:
+        """32 random bytes of this registry, the same for all replicas. Raises StorageError."""
+        with self.read() as connection:
+            found: bytes = connection.execute(select(state.c.secret)).scalar_one()
+            return found
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A read transaction: a consistent view. Raises StorageError."""
-        with self.engine.connect() as connection, connection.begin():
+        backend = self._backend
+        with (
+            self._watch.over(Access.reading),
+            backend.engine.connect().execution_options(**backend.reading) as connection,
+        ):
             yield connection
 
     @contextmanager
@@ -81,26 +107,68 @@ class Database:
         Nothing is written where nothing was recorded. Raises StorageError, or StorageFull; what
         was told as failed is undone for good.
         """
-        with self._writing, self.engine.connect() as connection:
-            with connection.begin() as transaction:
-                locked = select(state.c.revision).where(state.c.id == 1).with_for_update()
-                change = Change(connection, principal, connection.execute(locked).scalar_one())
-                yield change
-                if change.recorded:
-                    connection.execute(update(state).values(revision=change.revision))
-                else:
-                    transaction.rollback()
+        with self._write() as connection:
+            change = Change(connection, principal, connection.execute(_LOCKED).scalar_one())
+            yield change
+            if change.recorded:
+                connection.execute(update(state).values(revision=change.revision))
+                self._backend.announce(connection, change.revision)
+                self._commit(connection, change)
+
+    def probe(self) -> None:
+        """Find out whether a database that failed works again; raises StorageError if not."""
+        with self.read() as connection:
+            connection.execute(select(state.c.revision))
+        if self._watch.fails(Access.writing):
+            with self._write() as connection:
+                connection.execute(_LOCKED)
+                self._backend.touch(connection)
+                connection.commit()
 
     def close(self) -> None:
-        """Close every connection."""
-        self.engine.dispose()
+        """Close every connection, and let another server have the file."""
+        self._backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _write(self) -> Iterator[Connection]:
+        """A connection for a change, whose transaction is undone unless it is committed."""
+        with self._watch.over(Access.writing):
+            if not self._turn.acquire(timeout=_TURN_SECONDS):
+                raise StorageError("the registry's database is busy; nothing has changed")
+            try:
+                backend = self._backend
+                with backend.engine.connect().execution_options(**backend.writing) as connection:
+                    yield connection
+            finally:
+                self._turn.release()
+
+    def _commit(self, connection: Connection, change: Change) -> None:
+        try:
+            connection.commit()
+        except DBAPIError as error:
+            if not self._backend.settle(connection, change.id, error):
+                raise
 
 
-def _sqlite_connect(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # transactions begin where SQLAlchemy says so
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {pragma}").fetchone()
+def folder_url(folder: Path) -> str:
+    """The address of the registry in a folder of tasks, which is the one without any other."""
+    return URL.create("sqlite", database=str(folder / "registry.db")).render_as_string()
 
 
-def _sqlite_begin(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+def open_backend(url: str, *, serving: bool) -> Backend:
+    """Open SQLite's file or PostgreSQL's database of this address; raises StartError."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise StartError("the registry's address is no URL") from error
+    if parsed.drivername == "sqlite":
+        return Sqlite(parsed, serving=serving)
+    if parsed.drivername in ("postgresql", "postgresql+psycopg"):
+        return Postgres(parsed, serving=serving)
+    raise StartError(f"a registry is sqlite:/// or postgresql://, not {parsed.drivername}://")

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from polyrex.adapters.errors import InvalidTaskName, UnknownTask
 from polyrex.adapters.files.task import TASK_NAME
+from polyrex.server.errors import InvalidRequest
 
 TENANT_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 ALIAS = re.compile(r"[a-z][a-z0-9._-]{0,63}")
+MOST_LABELS = 32
+LABEL_KEY = re.compile(r"[a-z0-9][a-z0-9._/-]{0,62}")
+LABEL_VALUE = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{0,256}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _REFERENCE = re.compile(
     rf"(?:({TENANT_NAME.pattern}):)?({TASK_NAME.pattern})"
@@ -40,3 +45,16 @@ def check_task_name(name: str) -> None:
     """Raise InvalidTaskName where a task cannot be registered under this name."""
     if not TASK_NAME.fullmatch(name):
         raise InvalidTaskName(f"a task name matches {TASK_NAME.pattern}, got {name!r:.80}")
+
+
+def check_labels(labels: Mapping[str, str]) -> None:
+    """Raise InvalidRequest where a task cannot have these labels."""
+    if len(labels) > MOST_LABELS:
+        raise InvalidRequest(f"a task has at most {MOST_LABELS} labels", "labels")
+    for key, value in labels.items():
+        if not LABEL_KEY.fullmatch(key):
+            raise InvalidRequest(f"a label's key matches {LABEL_KEY.pattern}", "labels")
+        if not LABEL_VALUE.fullmatch(value):
+            raise InvalidRequest(
+                f"label {key}: a value has at most 256 characters, none of control", "labels"
+            )

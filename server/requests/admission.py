@@ -14,7 +14,7 @@ class Gate:
     """Counts the completions under way and admits no more than a limit."""
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self.in_flight = 0
 
     @contextmanager
@@ -23,12 +23,12 @@ class Gate:
 
         Raises Overloaded where there is no room now, InvalidRequest where there never is.
         """
-        if completions > self._limit:
+        if completions > self.limit:
             raise InvalidRequest(
-                f"prompts times n may be at most {self._limit}, got {completions}", "n"
+                f"prompts times n may be at most {self.limit}, got {completions}", "n"
             )
-        if self.in_flight + completions > self._limit:
-            raise Overloaded(f"{self.in_flight} completions are under way, at most {self._limit}")
+        if self.in_flight + completions > self.limit:
+            raise Overloaded(f"too many completions are under way, at most {self.limit}")
         self.in_flight += completions
         try:
             yield

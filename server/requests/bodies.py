@@ -93,6 +93,9 @@ class Sampling(OnlyNeutral):
     stream: bool = False
     stream_options: StreamOptions | None = None
     ignore_eos: bool = Field(False, description="continue past the end-of-sequence token")
+    cache_salt: Annotated[Text, Field(min_length=1, max_length=256)] | None = Field(
+        None, description="only requests with the same salt share cached prefixes with this one"
+    )
     user: Text | None = Field(None, description="accepted, and not used")
 
     @model_validator(mode="after")
@@ -186,11 +189,57 @@ class ChatCompletionRequest(Sampling):
         return self.n
 
 
-class NewTask(Wire):
+VersionNumber = Annotated[int, Field(ge=1, lt=10**9)]
+
+
+class RouterBody(Wire):
+    """The JSON body of PUT /v1/tasks/{name}."""
+
+    router: Annotated[str, Field(description="the router file, base64")]
+    labels: dict[str, str] | None = Field(None, description="replace the task's labels")
+
+
+class NewTask(RouterBody):
     """The JSON body of POST /v1/tasks."""
 
     name: Text
-    router: Annotated[str, Field(description="the router file, base64")]
+
+
+class RollBack(Wire):
+    """The JSON body of POST /v1/tasks/{name}/rollback."""
+
+    version: VersionNumber | None = Field(
+        None, description="the version to go to; without one, the last before the current one"
+    )
+
+
+class AliasBody(Wire):
+    """The JSON body of PUT /v1/tasks/{name}/aliases/{alias}."""
+
+    version: VersionNumber
+
+
+class CanaryBody(Wire):
+    """The JSON body of PUT /v1/tasks/{name}/canary."""
+
+    version: VersionNumber
+    share: Annotated[float, Field(ge=0, le=1, description="of the task's requests")]
+
+
+class LoadLora(Wire):
+    """The body of POST /v1/load_lora_adapter, as vLLM has it."""
+
+    lora_name: Text
+    lora_path: Text = Field(description="a router, or a folder with one, below --lora-dir")
+    load_inplace: bool = Field(False, description="give an existing task a new version")
+    is_3d_lora_weight: Literal[False] = False
+
+
+class UnloadLora(Wire):
+    """The body of POST /v1/unload_lora_adapter, as vLLM has it."""
+
+    lora_name: Text
+    lora_int_id: int | None = Field(None, description="accepted, and not used")
 
 
 MAX_ROWS, MIN_ROWS, MAX_OPTIONS = 1024, 8, 64
@@ -248,9 +297,3 @@ class FitRequest(Wire):
     instruction: Annotated[Text, Field(min_length=1)]
     rows: Annotated[tuple[Row, ...], PlainValidator(_rows), WithJsonSchema(_ROWS_SCHEMA)]
     replace: bool = Field(False, description="give an existing task a new version")
-
-
-class RouterBody(Wire):
-    """The JSON body of PUT /v1/tasks/{name}."""
-
-    router: Annotated[str, Field(description="the router file, base64")]

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from polyrex.adapters.errors import TaskExists, UnknownTask
-from polyrex.adapters.files.registry import TaskRegistry
-from polyrex.adapters.files.task import TaskInfo
 from polyrex.server.errors import FitFailed, InvalidRequest, Overloaded
+from polyrex.server.registry.principal import Principal
+from polyrex.server.registry.registration import Registered
+from polyrex.server.registry.registry import TaskRegistry
 
 from .bodies import FitRequest
 
@@ -40,7 +41,7 @@ class Fitter:
         self._busy = False
 
     @contextmanager
-    def admit(self, name: str, body: FitRequest) -> Iterator[None]:
+    def admit(self, asker: Principal, name: str, body: FitRequest) -> Iterator[None]:
         """Occupy the fitter while the context lasts; refuse at once what would fail in the end.
 
         Raises Overloaded while another task is being fitted, TaskExists where the name is taken
@@ -48,24 +49,26 @@ class Fitter:
         """
         if self._busy:
             raise Overloaded("another task is being fitted; one is at a time")
-        self._check(name, body)
+        self._check(asker, name, body)
         self._busy = True
         try:
             yield
         finally:
             self._busy = False
 
-    def _check(self, name: str, body: FitRequest) -> None:
+    def _check(self, asker: Principal, name: str, body: FitRequest) -> None:
         if not self._registry.inventory.routing_shape[1]:
             raise InvalidRequest("the inventory's method has no routing that could be fitted")
         try:
-            self._registry.info(name)
+            self._registry.find(asker, name)
         except UnknownTask:
             return
         if not body.replace:
             raise TaskExists(f"task {name} is there already; send replace to give it a new version")
 
-    async def fit(self, name: str, body: FitRequest) -> AsyncGenerator[Event | TaskInfo, None]:
+    async def fit(
+        self, asker: Principal, name: str, body: FitRequest
+    ) -> AsyncGenerator[Event | Registered, None]:
         """Yield the worker's events, and last the task as registered, or the event `refused`.
 
         Closing the generator ends the worker. Raises FitFailed where the worker failed.
@@ -81,10 +84,9 @@ class Fitter:
                 reason = "the fitted task does no better on the rows held out than the base"
                 yield scored | {"event": "refused", "reason": reason}
                 return
-            yield await asyncio.to_thread(self._register, name, out, body.replace)
-
-    def _register(self, name: str, router: Path, replace: bool) -> TaskInfo:
-        return self._registry.register(name, router.read_bytes(), replace=replace)[0]
+            data = out.read_bytes()
+            register = self._registry.register
+            yield await asyncio.to_thread(register, asker, name, data, replace=body.replace)
 
     async def _work(self, name: str, body: FitRequest, out: Path) -> AsyncGenerator[Event, None]:
         """Run the worker and yield its events; the last one is `scored`."""

@@ -38,6 +38,7 @@ class Piece:
     tokens: tuple[TextToken, ...] = ()
     finish_reason: FinishReason | None = None
     generated: int = 0  # tokens that the engine generated for this piece
+    cached: int = 0  # tokens of the prompt that were in the engine's prefix cache
 
 
 async def generate(
@@ -139,7 +140,7 @@ class _Assembler:
             shown += self._stops.flush()
         self._shown += len(shown)
         tokens = self._release(everything=finish is not None and not self._stops.stopped)
-        return Piece(text + shown, echoed + tokens, finish, len(chunk.tokens))
+        return Piece(text + shown, echoed + tokens, finish, len(chunk.tokens), chunk.cached)
 
     def _extend(self, chunk: TokenChunk) -> str:
         shown = ""

@@ -12,8 +12,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from polyrex.adapters.files.registry import TaskRegistry
 from polyrex.server.engines.base import Engine
+from polyrex.server.registry.registry import TaskRegistry
 
 from .admission import Gate
 
@@ -39,15 +39,16 @@ class _Snapshot(Collector):
             ("vllm:kv_cache_usage_perc", "Share of the KV cache in use", stats.kv_cache_usage),
             ("polyrex_in_flight", "Completions admitted and not finished", self._gate.in_flight),
             ("polyrex_slots_used", "Rows of the routing table in use", stats.slots_used),
-            ("polyrex_tasks", "Registered tasks", len(self._tasks)),
-            ("polyrex_tasks_rejected", "Task files rejected at start", len(self._tasks.rejected)),
         )
+        gauges += self._of_registry()
         for name, text, value in gauges:
             yield GaugeMetricFamily(name, text, value)
         totals = (
             ("vllm:prompt_tokens", "Prompt tokens processed", stats.prompt_tokens),
             ("vllm:generation_tokens", "Tokens generated", stats.generated_tokens),
             ("polyrex_engine_steps", "Forward passes", stats.steps),
+            ("vllm:prefix_cache_queries", "Prompt tokens looked up", stats.prefix_queries),
+            ("vllm:prefix_cache_hits", "Prompt tokens found cached", stats.prefix_hits),
         )
         for name, text, value in totals:
             yield CounterMetricFamily(name, text, value)
@@ -57,6 +58,24 @@ class _Snapshot(Collector):
         for path, count in stats.adapter_steps.items():
             paths.add_metric([path], count)
         yield paths
+        canaries = CounterMetricFamily(
+            "polyrex_canary_requests",
+            "Requests to tasks that have a canary, by which version answered",
+            labels=["version"],
+        )
+        for version, count in self._tasks.canary_counts.totals().items():
+            canaries.add_metric([version], count)
+        yield canaries
+
+    def _of_registry(self) -> tuple[tuple[str, str, float], ...]:
+        tasks = self._tasks
+        degraded = not tasks.database.health.ok
+        return (
+            ("polyrex_tasks", "Registered tasks", len(tasks)),
+            ("polyrex_tasks_rejected", "Task files rejected at start", len(tasks.rejected)),
+            ("polyrex_registry_revision", "Revision of the registry known here", tasks.revision),
+            ("polyrex_registry_degraded", "1 while the registry's database fails", degraded),
+        )
 
 
 class Metrics:

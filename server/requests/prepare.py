@@ -10,14 +10,15 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from polyrex.adapters.errors import FileError, UnknownTask
-from polyrex.adapters.files.registry import TaskRegistry
+from polyrex.adapters.errors import UnknownTask
 from polyrex.adapters.files.task import TaskVersion
 from polyrex.server.engines.base import Engine, GenerationRequest, SamplingParams
-from polyrex.server.errors import InvalidRequest, TaskDamaged, UnknownModel
+from polyrex.server.errors import InvalidRequest, UnknownModel
 from polyrex.server.registry.principal import Principal
+from polyrex.server.registry.registry import TaskRegistry
 
 from .bodies import ChatCompletionRequest, CompletionRequest, Sampling
+from .cache_salt import CacheSalts
 from .prompt_routing import PromptIntuition
 from .text import Tokenizer
 
@@ -40,7 +41,8 @@ class PreparedRequest:
     model: str  # as the response names it
     task: TaskVersion | None
     prompt_tokens: int
-    choices: tuple[Choice, ...]
+    choices: tuple[Choice, ...]  # those of the first prompt, then those of the second, ...
+    n: int  # choices of each prompt
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class _Prompt:
 class RequestPreparer:
     """Prepares requests for one base model and its tasks. May be called in any thread.
 
-    Both methods raise InvalidRequest, UnknownTask, UnknownModel or TaskDamaged.
+    Both methods raise InvalidRequest, UnknownModel, or what `TaskRegistry.pin` raises.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class RequestPreparer:
         self._tokenizer = tokenizer
         self._engine = engine
         self._intuition = intuition
+        self._salts = CacheSalts(registry.database.secret, registry.inventory.sha256)
 
     def completion(self, body: CompletionRequest, asker: Principal) -> PreparedRequest:
         """Prepare a POST /v1/completions."""
@@ -129,6 +132,8 @@ class RequestPreparer:
         choices: list[Choice] = []
         tasks = self._tasks(body, asker, prompts)
         for prompt, task in zip(prompts, tasks, strict=True):
+            router = "" if task is None else task.info.router_sha256
+            salt = self._salts.of(asker.tenant, router, body.cache_salt or "")
             for repeat in range(body.n):
                 sampling = SamplingParams(
                     max_tokens=max_tokens,
@@ -141,7 +146,7 @@ class RequestPreparer:
                     ignore_eos=body.ignore_eos,
                 )
                 request = GenerationRequest(
-                    f"{request_id}-{len(choices)}", tuple(prompt.ids), sampling, task
+                    f"{request_id}-{len(choices)}", tuple(prompt.ids), sampling, task, salt
                 )
                 choices.append(Choice(request, body.stop_strings, prompt.echo))
         return PreparedRequest(
@@ -151,6 +156,7 @@ class RequestPreparer:
             task=tasks[0],
             prompt_tokens=sum(len(prompt.ids) for prompt in prompts),
             choices=tuple(choices),
+            n=body.n,
         )
 
     def _tasks(
@@ -183,7 +189,5 @@ class RequestPreparer:
             if body.task is not None:
                 raise
             raise UnknownModel(
-                f"no model or task {name!r:.80}; the base model is {self._base!r}"
+                f"no such model or task, or not for this key; the base model is {self._base!r}"
             ) from error
-        except FileError as error:
-            raise TaskDamaged(f"task {name}: its router cannot be read") from error

@@ -31,11 +31,15 @@ Fields = dict[str, Any]
 
 @contextmanager
 def server_process(inventory: Path, *options: str) -> Iterator[tuple[httpx.Client, psutil.Process]]:
-    """A ready server with nothing registered yet; `options` change its default settings."""
+    """A ready server with nothing registered yet; `options` change its default settings.
+
+    It has no prefix cache: the same prompts are sent many times, and computed every time.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("polyrex")), "serve", "--port", str(port)]
+    program = str(Path(sys.executable).with_name("polyrex"))
+    command = [program, "serve", "--port", str(port), "--embedded.no-prefix-cache"]
     with (
         tempfile.TemporaryDirectory(prefix="polyrex-tasks-") as tasks,
         connected(f"http://127.0.0.1:{port}") as client,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class Answer:
     tokens: tuple[Token, ...]
     finish_reason: str | None
     prompt: tuple[Token, ...] | None
+    cached: int = field(default=0, compare=False)
+    """Tokens of the prompt that were not computed again: no part of what is answered."""
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -75,14 +77,18 @@ async def complete(
     tokens: tuple[int, ...],
     task: TaskVersion | None = None,
     sampling: SamplingParams = GREEDY,
+    salt: str = "",
 ) -> Answer:
     """Run one request to its end."""
     answer = Answer((), None, None)
-    request = GenerationRequest("test", tokens, sampling, task)
+    request = GenerationRequest("test", tokens, sampling, task, salt)
     async with aclosing(engine.generate(request)) as chunks:
         async for chunk in chunks:
             answer = Answer(
-                answer.tokens + chunk.tokens, chunk.finish_reason, answer.prompt or chunk.prompt
+                answer.tokens + chunk.tokens,
+                chunk.finish_reason,
+                answer.prompt or chunk.prompt,
+                chunk.cached,
             )
     return answer
 

@@ -16,12 +16,13 @@ import uvicorn
 from transformers import PreTrainedTokenizerBase
 
 from polyrex.adapters.files.inventory import Inventory
-from polyrex.adapters.files.registry import TaskRegistry
 from polyrex.server.config import ServerConfig
 from polyrex.server.engines.base import EngineStats, GenerationRequest, Token, TokenChunk
 from polyrex.server.errors import EngineStopped
 from polyrex.server.http.app import create_app
 from polyrex.server.launch.process import bind, uvicorn_config
+from polyrex.server.registry.database import Database
+from polyrex.server.registry.registry import TaskRegistry
 from polyrex.server.requests.prompt_routing import PromptIntuition
 
 
@@ -128,7 +129,8 @@ def serving(
     **changes: Any,
 ) -> Iterator[Served]:
     """Run a server while the context lasts; `changes` are fields of ServerConfig."""
-    registry = TaskRegistry(folder, inventory)
+    folder.mkdir(parents=True, exist_ok=True)
+    registry = TaskRegistry(Database(f"sqlite:///{folder / 'registry.db'}"), inventory)
     config = replace(ServerConfig(model="base"), drain_seconds=1, **changes)
     app = create_app(config, engine, registry, tokenizer, intuition)
     listener = bind(config.host, 0)

@@ -11,7 +11,7 @@ from cyclopts.types import NonNegativeFloat, PositiveInt
 from polyrex.adapters.errors import FileError
 from polyrex.adapters.files.inventory import read_inventory
 from polyrex.adapters.files.router import read_router
-from polyrex.adapters.model.base_model import DEFAULT_BASE
+from polyrex.adapters.model.base_model import DEFAULT_BASE, weights_of
 from polyrex.adapters.peft.lora_checkpoint import export_lora
 from polyrex.training.exchange.lora_folder import compress_loras, describe
 from polyrex.training.exchange.poly import import_poly_checkpoint
@@ -31,6 +31,7 @@ def export(
     """Write a task's adapter as a LoRA that PEFT and vLLM load."""
     log_to_terminal()
     read = read_inventory(inventory)
+    read.base.check_weights(weights_of(base), str(inventory))
     try:
         data = router.read_bytes()
     except OSError as error:

@@ -26,7 +26,10 @@ class Generation:
     scores: list[Token] = field(init=False)  # of the prompt's tokens, if they are asked for
     draw: Draw = field(init=False)
     computed: int = 0  # the number of tokens whose keys are in the cache
+    cached: int = 0  # of them, those of the prompt that others had computed
     blocks: list[int] = field(default_factory=list)  # of the cache
+    known: int = 0  # the number of blocks, from the first, that others may use
+    keys: list[bytes] = field(default_factory=list)  # of its full blocks (prefix_cache.py)
     slot: int = 0  # of the routing table
 
     def __post_init__(self) -> None:
@@ -49,6 +52,18 @@ class Generation:
     def pending(self) -> int:
         """The number of tokens to compute before the next one can be drawn."""
         return len(self.tokens) - self.computed
+
+    def skip_to(self, computed: int) -> None:
+        """Others have computed as many tokens, and their keys are in the request's blocks."""
+        if not self.generated:
+            self.cached += computed - self.computed
+        self.computed = computed
+
+    def restart(self) -> None:
+        """It has no blocks any more, and is computed again when it has."""
+        self.computed = self.known = 0
+        if not self.generated:
+            self.cached = 0
 
     def unscored(self, count: int) -> range:
         """The positions, among the next `count`, whose logits score a token of the prompt.

@@ -22,8 +22,9 @@ from transformers import AttentionInterface, PreTrainedConfig
 
 from polyrex.server.errors import StartError
 
+from .prefix_cache import BLOCK, BlockPool
+
 ATTENTION = "polyrex_paged"
-BLOCK = 16  # tokens
 _SMALLEST_GROUP = 8  # blocks; shorter decoding requests share one padded product
 
 
@@ -86,11 +87,12 @@ class AttentionPlan:
 
 
 class PagedCache:
-    """Keys and values of all layers, in blocks of 16 tokens, each owned by one request.
+    """Keys and values of all layers, in blocks of 16 tokens; `pool` knows who holds which.
 
-    Requests share nothing. Block 0, which pads, belongs to no request and stays zero. A block is
-    zeroed when it is handed out: a masked key has weight 0, but 0 times the NaN that a diverged
-    request may have left behind would not be 0.
+    A block is written by the one request that took it, and shared when it is full. Block 0, which
+    pads, belongs to no request and stays zero. A block is zeroed when it is handed out: a masked
+    key has weight 0, but 0 times the NaN that a diverged request may have left behind would not be
+    0.
     """
 
     spare: int
@@ -104,32 +106,26 @@ class PagedCache:
         self, config: PreTrainedConfig, tokens: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = _head_shape(config)
-        self._blocks = tokens // BLOCK
-        self.spare = self._blocks + 1
+        self.pool = BlockPool(tokens // BLOCK)
+        self.spare = tokens // BLOCK + 1
         size = (config.num_hidden_layers, 2, self.spare + 1, BLOCK, *shape)
         self.storage = torch.zeros(size, dtype=dtype, device=device)
-        self._free = list(range(self._blocks, 0, -1))
         self.pads_prompts = device.type == "cuda"
-
-    @property
-    def usage(self) -> float:
-        """The share of blocks in use, from 0 to 1."""
-        return 1 - len(self._free) / self._blocks
 
     def reserve(self, blocks: list[int], tokens: int) -> bool:
         """Extend a request's blocks to hold `tokens`; False, unchanged, if too few are free."""
         missing = -(-tokens // BLOCK) - len(blocks)
-        if missing > len(self._free):
+        if missing > self.pool.available:
             return False
         for _ in range(missing):
-            block = self._free.pop()
+            block = self.pool.take()
             self.storage[:, :, block].zero_()
             blocks.append(block)
         return True
 
     def release(self, blocks: list[int]) -> None:
         """Take a request's blocks back; the list is empty afterwards."""
-        self._free.extend(blocks)
+        self.pool.release(blocks)
         blocks.clear()
 
     def plan(self, spans: Sequence[Span[Stored]]) -> AttentionPlan:

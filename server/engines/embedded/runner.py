@@ -23,7 +23,8 @@ from polyrex.server.errors import EngineError, StartError
 from .batch import Batch
 from .decode_steps import DecodeSteps, Record, rounded
 from .generation import Generation, Outcome
-from .paged_cache import BLOCK, PagedCache, attention_kernels, use_paged_attention
+from .paged_cache import PagedCache, attention_kernels, use_paged_attention
+from .prefix_cache import BLOCK
 from .sampling import choose, score
 from .scheduler import Scheduler
 from .task_routing import TaskRouting
@@ -72,6 +73,7 @@ class ModelRunner:
             self._decodes = DecodeSteps(model, self._cache, self._routing, *sizes, record)
         self._deliveries: list[Delivery] = []
         self._steps = self._prompt_tokens = self._generated_tokens = 0
+        self._prefix_queries = self._prefix_hits = 0
 
     @property
     def idle(self) -> bool:
@@ -83,12 +85,14 @@ class ModelRunner:
         return EngineStats(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting) + arriving,
-            kv_cache_usage=self._cache.usage,
+            kv_cache_usage=self._cache.pool.usage,
             slots_used=self._routing.slots.used,
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             adapter_steps=self._routing.steps,
+            prefix_queries=self._prefix_queries,
+            prefix_hits=self._prefix_hits,
         )
 
     def prepare(self) -> None:
@@ -184,21 +188,28 @@ class ModelRunner:
 
     def _advance(self, generation: Generation, token: Token) -> None:
         """Add a drawn token to its request, and deliver it."""
-        sampling, prompt = generation.request.sampling, None
+        sampling, prompt, cached = generation.request.sampling, None, generation.cached
+        self._scheduler.share(generation)
         if not generation.generated:
-            self._prompt_tokens += len(generation.tokens)
+            self._count_prompt(generation)
             prompt = None if sampling.prompt_logprobs is None else tuple(generation.scores)
         if sampling.max_tokens == 0:
-            self._end(generation, TokenChunk((), "length", prompt))
+            self._end(generation, TokenChunk((), "length", prompt, cached))
         elif token.id in self._eos and not sampling.ignore_eos:
-            self._end(generation, TokenChunk((), "stop", prompt))
+            self._end(generation, TokenChunk((), "stop", prompt, cached))
         else:
             generation.tokens.append(token.id)
             self._generated_tokens += 1
             if generation.generated == sampling.max_tokens:
-                self._end(generation, TokenChunk((token,), "length", prompt))
+                self._end(generation, TokenChunk((token,), "length", prompt, cached))
             else:
-                self._deliveries.append((generation, TokenChunk((token,), None, prompt)))
+                self._deliveries.append((generation, TokenChunk((token,), None, prompt, cached)))
+
+    def _count_prompt(self, generation: Generation) -> None:
+        self._prompt_tokens += len(generation.tokens)
+        if self._scheduler.adopts(generation):
+            self._prefix_queries += len(generation.tokens)
+            self._prefix_hits += generation.cached
 
     def _fail(self, generation: Generation, error: Exception) -> None:
         if not isinstance(error, EngineError):

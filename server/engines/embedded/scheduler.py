@@ -4,6 +4,9 @@ First come, first served, without exceptions: the request at the head of the que
 routing slot and for cache blocks, and none passes it, so none starves. When running requests use up
 the cache, the youngest goes back to the head of the queue with what it has generated, and is
 computed again later: no request is ever refused or cut short for lack of memory.
+
+A request looks for a known prefix when it is admitted, and again before its tokens are computed: of
+many requests that come at once with one system prompt, the first computes it for all.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from polyrex.server.engines.slots import SlotCache
 
 from .generation import Generation
 from .paged_cache import PagedCache, Span, packing_order
+from .prefix_cache import PrefixCache
 
 
 class Scheduler:
@@ -26,15 +30,17 @@ class Scheduler:
         self._config = config
         self._cache = cache
         self._slots = slots
+        self._prefixes = PrefixCache(cache.pool)
 
     def schedule(self) -> list[Span[Generation]]:
         """The next batch: a token of every request that generates, then prompts as room allows."""
         self._admit()
         spans, budget = [], self._config.max_batch_tokens
         for generation in sorted(self.running, key=lambda one: one.pending > 1):
-            count = min(generation.pending, budget)
-            if not generation.blocks or not count:  # it had to go, for an older one's room
+            if not generation.blocks or not budget:  # it had to go, for an older one's room
                 continue
+            self._adopt(generation)
+            count = min(generation.pending, budget)
             if self._make_room(generation, generation.computed + count):
                 spans.append(Span(generation, count))
                 budget -= count
@@ -48,12 +54,29 @@ class Scheduler:
         elif generation in self.waiting:
             self.waiting.remove(generation)
 
+    def adopts(self, generation: Generation) -> bool:
+        """Whether a request may use what others have computed.
+
+        Where the prompt's log-probabilities are asked for, all its tokens are computed.
+        """
+        return self._config.prefix_cache and (generation.request.sampling.prompt_logprobs is None)
+
+    def share(self, generation: Generation) -> None:
+        """Let others use what a request has computed; a token was drawn from it just now."""
+        if self._config.prefix_cache:
+            self._prefixes.remember(generation)
+
+    def _adopt(self, generation: Generation) -> None:
+        if self.adopts(generation):
+            self._prefixes.adopt(generation)
+
     def _admit(self) -> None:
         """Let waiting requests run, as far as there are slots and blocks for them."""
         while self.waiting and len(self.running) < self._config.max_running:
             generation = self.waiting[0]
             if not self._take_slot(generation):
                 return
+            self._adopt(generation)
             if not self._cache.reserve(generation.blocks, len(generation.tokens)):
                 self._release(generation)
                 return
@@ -78,7 +101,6 @@ class Scheduler:
         while not self._cache.reserve(generation.blocks, tokens):
             youngest = self.running.pop()
             self._release(youngest)
-            youngest.computed = 0
             self.waiting.appendleft(youngest)
             if youngest is generation:
                 return False
@@ -86,6 +108,7 @@ class Scheduler:
 
     def _release(self, generation: Generation) -> None:
         self._cache.release(generation.blocks)
+        generation.restart()
         task = generation.request.task
         if task is not None:
             self._slots.release(task)

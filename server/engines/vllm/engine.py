@@ -2,8 +2,9 @@
 
 How a request travels: `generate` gives its task version a slot -> its routing weights, kilobytes,
 are sent to every worker ahead of the request -> the request is sent to vLLM with a LoRA whose id is
-the slot and whose name is the router's sha256, which keeps tasks apart in vLLM's prefix cache -> in
-the workers, plugin.py turns the ids of a step's tokens into routing weights.
+the slot and whose name is the router's sha256, which keeps tasks apart in vLLM's prefix cache, as
+the request's cache salt does tenants -> in the workers, plugin.py turns the ids of a step's tokens
+into routing weights.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from polyrex.adapters.files.inventory import Inventory
 from polyrex.adapters.files.task import TaskVersion
+from polyrex.adapters.model.fingerprint import fingerprint
 from polyrex.server.config import VllmEngineConfig
 from polyrex.server.engines.base import (
     EngineStats,
@@ -62,7 +64,14 @@ class VllmEngine:
         config: VllmEngineConfig,
         dtype: str,
     ) -> None:
-        """`model` is a folder or hub id. `check_build` says whether this vLLM will do."""
+        """`model` is a folder or hub id. `check_build` says whether this vLLM will do.
+
+        Raises BaseModelMismatch where its weights are not those that the inventory was made for;
+        workers check the rest of its identity as they start.
+        """
+        self._weights = fingerprint(model)
+        if self._weights is not None:
+            inventory.base.check_weights(self._weights, str(inventory.path))
         self._inventory = inventory
         self._arguments = _arguments(model, inventory, config, dtype)
         self._slots = SlotCache(config.slots, self._write)
@@ -89,6 +98,9 @@ class VllmEngine:
             self._engine = await asyncio.to_thread(make)
         except Exception as error:
             raise StartError(f"vLLM did not start: {error}") from error
+        if self._weights is None:  # but vLLM may have downloaded them by now
+            found = await asyncio.to_thread(fingerprint, self._arguments.model)
+            self._inventory.base.check_weights(found, str(self._inventory.path))
         self._down = None
         await warm_up(self, self._inventory)
 
@@ -121,7 +133,7 @@ class VllmEngine:
             # order of sending, so the request can follow without waiting for an answer.
             await asyncio.sleep(0)
             outputs = engine.generate(
-                tokens_input(list(request.prompt)),
+                tokens_input(list(request.prompt), cache_salt=request.cache_salt or None),
                 _sampling(request.sampling),
                 f"{request.id}-{next(self._numbers)}",
                 lora_request=lora,
@@ -245,17 +257,17 @@ def _chunk(output: RequestOutput, sampling: SamplingParams) -> TokenChunk:
     reason = completion.finish_reason
     if reason not in (None, "stop", "length"):
         raise EngineError(f"vLLM ended the request: {reason}")
-    prompt = None
+    prompt, cached = None, output.num_cached_tokens or 0
     # Only the first output has them; later ones have an empty list.
     if sampling.prompt_logprobs is not None and output.prompt_logprobs:
         ids = output.prompt_token_ids or []
         prompt = _tokens(ids, output.prompt_logprobs, sampling.prompt_logprobs)
     if sampling.max_tokens == 0:
-        return TokenChunk((), "length", prompt)
+        return TokenChunk((), "length", prompt, cached)
     tokens = _tokens(completion.token_ids, completion.logprobs, sampling.logprobs)
     if reason == "stop":  # its last token is the end-of-sequence token
         tokens = tokens[:-1]
-    return TokenChunk(tokens, reason, prompt)
+    return TokenChunk(tokens, reason, prompt, cached)
 
 
 def _tokens(
@@ -282,6 +294,7 @@ class _Stats(StatLoggerBase):  # type: ignore[misc]
         self._running = self._waiting = 0
         self._usage = 0.0
         self._steps = self._prompt_tokens = self._generated_tokens = 0
+        self._prefix_queries = self._prefix_hits = 0
 
     def record(self, scheduler_stats: Any, iteration_stats: Any, *_: object, **__: object) -> None:
         if scheduler_stats is not None:
@@ -289,6 +302,8 @@ class _Stats(StatLoggerBase):  # type: ignore[misc]
             self._running = scheduler_stats.num_running_reqs
             self._waiting = scheduler_stats.num_waiting_reqs
             self._usage = scheduler_stats.kv_cache_usage
+            self._prefix_queries += scheduler_stats.prefix_cache_stats.queries
+            self._prefix_hits += scheduler_stats.prefix_cache_stats.hits
         if iteration_stats is not None:
             self._prompt_tokens += iteration_stats.num_prompt_tokens
             self._generated_tokens += iteration_stats.num_generation_tokens
@@ -306,4 +321,6 @@ class _Stats(StatLoggerBase):  # type: ignore[misc]
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
+            prefix_queries=self._prefix_queries,
+            prefix_hits=self._prefix_hits,
         )

@@ -87,7 +87,8 @@ class RouterManager:
         Raises BaseModelMismatch if the model is not the inventory's, or lacks a target module.
         """
         inventory = self._inventory
-        inventory.base.check(identify(model), str(inventory.path))
+        # The engine has checked the weights: once, and not in every worker.
+        inventory.base.check_configuration(identify(model), str(inventory.path))
         everyone = read_experts(inventory)
         experts = {each.target.name: (i, each) for i, each in enumerate(everyone)}
         builder = LayerBuilder(self._dtype, self._device, self._state_bytes, self._context)

@@ -38,9 +38,16 @@ async def livez(context: Context) -> Response:
 
 @router.get("/readyz")
 async def readyz(context: Context) -> Response:
-    """503 until the engine has started and warmed up, and while it is down. Else 200."""
+    """503 until the engine has started and warmed up, and while it is down. Else 200.
+
+    While the registry's database fails, the status says `degraded`: tasks are answered, and cannot
+    be changed.
+    """
     context.readiness.check()
     context.engine.check()
+    health = context.registry.database.health
+    if not health.ok:
+        return JSONResponse({"status": "degraded", "reason": health.reason})
     return JSONResponse({"status": "ready"})
 
 

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import JSONResponse, Response
 
-from polyrex.adapters.files.task import TaskInfo
+from polyrex.adapters.errors import UnknownTask
+from polyrex.server.http.conditions import MIN_REVISION_REACHED
 from polyrex.server.http.context import AppContext, Asker, Context
 from polyrex.server.http.responses import ChatShape, CompletionShape, Json, Shape, version_headers
 from polyrex.server.http.streaming import EventStream, until_disconnect
+from polyrex.server.registry.principal import Principal
 from polyrex.server.requests.bodies import ChatCompletionRequest, CompletionRequest, Sampling
 from polyrex.server.requests.generation import collect, generate
 from polyrex.server.requests.prepare import PreparedRequest
+from polyrex.server.requests.quotas import Meter
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", dependencies=[MIN_REVISION_REACHED])
 
 MOST_MODELS = 10_000
 """The most models on a page of GET /v1/models, and the default."""
+
+
+@dataclass(frozen=True)
+class Admission:
+    """A request's place in the server, which it has until `held` is closed."""
+
+    asker: Principal
+    meter: Meter
+    held: ExitStack
 
 
 @router.post("/completions")
@@ -31,8 +44,10 @@ async def completions(
     context.readiness.check()
     with ExitStack() as admitted:
         admitted.enter_context(context.gate.admit(body.completions))
+        meter = admitted.enter_context(context.quotas.admit(asker.tenant, body.completions))
         prepared = await asyncio.to_thread(context.preparer.completion, body, asker)
-        return await _answer(context, request, body, prepared, CompletionShape(), admitted)
+        admission = Admission(asker, meter, admitted)
+        return await _answer(context, request, body, prepared, CompletionShape(), admission)
 
 
 @router.post("/chat/completions")
@@ -43,8 +58,10 @@ async def chat_completions(
     context.readiness.check()
     with ExitStack() as admitted:
         admitted.enter_context(context.gate.admit(body.completions))
+        meter = admitted.enter_context(context.quotas.admit(asker.tenant, body.completions))
         prepared = await asyncio.to_thread(context.preparer.chat, body, asker)
-        return await _answer(context, request, body, prepared, ChatShape(), admitted)
+        admission = Admission(asker, meter, admitted)
+        return await _answer(context, request, body, prepared, ChatShape(), admission)
 
 
 async def _answer(
@@ -53,14 +70,16 @@ async def _answer(
     body: Sampling,
     prepared: PreparedRequest,
     shape: Shape,
-    admitted: ExitStack,
+    admission: Admission,
 ) -> Response:
     """Generate, whole or as a stream; a stream keeps the request admitted until it ends."""
-    pieces = generate(context.engine, context.tokenizer, context.metrics, prepared)
-    headers = version_headers(prepared)
+    admission.meter.tokens += prepared.prompt_tokens
+    generated = generate(context.engine, context.tokenizer, context.metrics, prepared)
+    pieces = admission.meter.count(generated)
+    headers = version_headers(prepared) | context.quotas.headers(admission.asker.tenant)
     if body.stream:
         events = shape.stream(prepared, pieces, include_usage=body.include_usage)
-        return EventStream(events, headers, admitted.pop_all())
+        return EventStream(events, headers, admission.held.pop_all())
     whole = await until_disconnect(request.receive, collect(pieces, len(prepared.choices)))
     return JSONResponse(shape.whole(prepared, whole), headers=headers)
 
@@ -68,26 +87,40 @@ async def _answer(
 @router.get("/models")
 async def models(
     context: Context,
+    asker: Asker,
     after: Annotated[
         str | None, Query(description="a task's name; the page begins after it")
     ] = None,
     limit: Annotated[int, Query(ge=1, le=MOST_MODELS)] = MOST_MODELS,
 ) -> Response:
-    """List the base model, and every task as a model whose parent is the base model."""
-    tasks = await asyncio.to_thread(context.registry.list, after, limit + 1)
-    shown = [_task_model(context, task) for task in tasks[:limit]]
+    """List the base model, and every task that may be used as a model whose parent it is.
+
+    Own tasks come first, then those that other tenants share, as `tenant:name`.
+    """
+    return await asyncio.to_thread(_models, context, asker, after, limit)
+
+
+def _models(context: AppContext, asker: Principal, after: str | None, limit: int) -> Response:
+    base = _base_model(context)
+    tasks = context.registry.models(asker, after, limit + 1)
+    shown = [_task_model(base, name, created) for name, created in tasks[:limit]]
     if after is None:
-        shown.insert(0, _base_model(context))
+        shown.insert(0, base)
     return JSONResponse({"object": "list", "data": shown, "has_more": len(tasks) > limit})
 
 
 @router.get("/models/{name}")
-async def model(name: str, context: Context) -> Response:
-    """Show the base model or a task."""
+async def model(name: str, context: Context, asker: Asker) -> Response:
+    """Show the base model or a task; `name@3` or `name@alias` is that version of it."""
+    base = _base_model(context)
     if name == context.config.model:
-        return JSONResponse(_base_model(context))
-    task = await asyncio.to_thread(context.registry.info, name)
-    return JSONResponse(_task_model(context, task))
+        return JSONResponse(base)
+    task = await asyncio.to_thread(context.registry.find, asker, name)
+    version = await asyncio.to_thread(context.registry.version, asker, name)
+    if version.inventory_sha256 != context.registry.inventory.sha256:
+        raise UnknownTask  # it cannot be used as a model, and is not listed either
+    created = version.created if "@" in name else task.created
+    return JSONResponse(_task_model(base, name, created))
 
 
 def _base_model(context: AppContext) -> Json:
@@ -102,6 +135,5 @@ def _base_model(context: AppContext) -> Json:
     }
 
 
-def _task_model(context: AppContext, task: TaskInfo) -> Json:
-    own = {"id": task.name, "created": int(task.created), "parent": context.config.model}
-    return _base_model(context) | own
+def _task_model(base: Json, name: str, created: float) -> Json:
+    return {**base, "id": name, "created": int(created), "parent": base["id"]}

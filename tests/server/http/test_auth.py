@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,11 @@ def routes(served: Served) -> list[tuple[str, str]]:
     headers = {"authorization": f"Bearer {KEYS[0]}"}
     paths = served.client.get("/openapi.json", headers=headers).json()["paths"]
     return [
-        *((method, path.format(name="x")) for path, methods in paths.items() for method in methods),
+        *(
+            (method, re.sub(r"\{\w+\}", "x", path))
+            for path, methods in paths.items()
+            for method in methods
+        ),
         *(("GET", path) for path in ("/docs", "/redoc", "/openapi.json", "/nothing", "/")),
     ]
 
@@ -90,6 +95,36 @@ def test_no_spelling_of_host_or_path_gets_round_the_key(
 def test_two_authorization_headers_are_refused(guarded: Served) -> None:
     headers = [("authorization", "Bearer wrong"), ("authorization", "Bearer first-key")]
     assert guarded.client.get("/v1/models", headers=headers).status_code == 401
+
+
+def test_without_a_key_file_only_what_looks_like_a_key_of_the_registry_must_be_one(
+    served: Served,
+) -> None:
+    made = served.client.post("/v1/tenants/default/keys", json={"role": "metrics"}).json()
+    status = {
+        header: served.client.get("/v1/models", headers={"authorization": header}).status_code
+        for header in (
+            "Bearer sk-anything",
+            "Basic anything",
+            "Bearer",
+            "Bearer plx_0123456789abcdef_no",
+            "Bearer plx_",
+            f"Bearer {made['key'][:-1]}",
+            f"Bearer {made['key']}",
+        )
+    }
+    assert list(status.values()) == [200, 200, 200, 401, 401, 401, 403]
+    both = [("authorization", "Bearer sk-anything"), ("authorization", "Bearer sk-anything")]
+    assert served.client.get("/v1/models", headers=both).status_code == 401
+
+
+def test_a_key_of_the_registry_is_let_in_beside_those_of_the_file(guarded: Served) -> None:
+    operator = {"authorization": f"Bearer {KEYS[1]}"}
+    url = "/v1/tenants/default/keys"
+    made = guarded.client.post(url, json={"role": "metrics"}, headers=operator).json()
+    own = {"authorization": f"bearer {made['key']}"}
+    assert guarded.client.get("/metrics", headers=own).status_code == 200
+    assert guarded.client.get("/v1/models", headers=own).status_code == 403
 
 
 def test_keys_are_read_one_a_line(tmp_path: Path) -> None:

@@ -25,14 +25,15 @@ def eventually(condition: Callable[[], bool]) -> None:
     raise AssertionError("the condition never held")
 
 
-def send(served: Served, body: dict[str, object]) -> socket.socket:
+def send(served: Served, body: dict[str, object], **headers: str) -> socket.socket:
     """Open a connection and send a completion request on it."""
     port = served.client.base_url.port or 0
     content = json.dumps(body).encode()
     connection = socket.create_connection(("127.0.0.1", port), timeout=10)
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     connection.sendall(
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        + f"Content-Length: {len(content)}\r\n\r\n".encode()
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        + f"{lines}Content-Length: {len(content)}\r\n\r\n".encode()
         + content
     )
     return connection

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import sqlite3
+from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
 import pytest
 import torch
 from safetensors.torch import save
+from transformers import PreTrainedTokenizerBase
 
 from polyrex.adapters.files.inventory import Inventory
-from support.fake_server import FakeEngine, Serve, Served
+from support.fake_server import FakeEngine, Serve, Served, serving
 
 if TYPE_CHECKING:
     from support.random_inventory import MakeRouter
@@ -22,6 +27,14 @@ BINARY = {"content-type": "application/octet-stream"}
 
 def add(served: Served, name: str, router: bytes) -> httpx.Response:
     return served.client.post("/v1/tasks", params={"name": name}, content=router, headers=BINARY)
+
+
+def tenant(served: Served, name: str) -> httpx.Client:
+    """A new tenant: a client with its key."""
+    served.client.post("/v1/tenants", json={"name": name}).raise_for_status()
+    made = served.client.post(f"/v1/tenants/{name}/keys", json={"role": "task-admin"})
+    headers = {"Authorization": f"Bearer {made.json()['key']}"}
+    return httpx.Client(base_url=served.url, headers=headers, timeout=30, trust_env=False)
 
 
 def test_a_task_is_registered_from_its_files_bytes(served: Served, make_router: MakeRouter) -> None:
@@ -62,9 +75,16 @@ def test_a_dropped_task_is_gone(served: Served, make_router: MakeRouter) -> None
     assert served.complete(task="one").status_code == 404
 
 
-def test_tasks_survive_a_restart(serve: Serve, make_router: MakeRouter) -> None:
-    task = add(serve(), "one", make_router(1)).json()
-    assert serve().client.get("/v1/tasks/one").json() == task
+def test_tasks_survive_a_restart(
+    tmp_path: Path,
+    random_inventory: Inventory,
+    tokenizer: PreTrainedTokenizerBase,
+    make_router: MakeRouter,
+) -> None:
+    with serving(tmp_path, random_inventory, tokenizer, FakeEngine()) as served:
+        task = add(served, "one", make_router(1)).json()
+    with serving(tmp_path, random_inventory, tokenizer, FakeEngine()) as served:
+        assert served.client.get("/v1/tasks/one").json() == task
 
 
 def test_tasks_are_listed_in_pages(served: Served, make_router: MakeRouter) -> None:
@@ -175,14 +195,177 @@ def test_a_body_of_another_type_is_415(served: Served, make_router: MakeRouter) 
         assert response.status_code == 415
 
 
-def test_a_task_whose_file_is_damaged_is_500_and_others_go_on(
+def test_a_task_whose_bytes_are_damaged_is_500_until_it_is_registered_again(
+    served: Served, make_router: MakeRouter
+) -> None:
+    sha256 = add(served, "one", make_router(1)).json()["router_sha256"]
+    add(served, "two", make_router(2))
+    with closing(sqlite3.connect(served.tasks_folder / "registry.db")) as database:
+        damaged = "UPDATE routers SET data = x'00' WHERE sha256 = ?"
+        database.execute(damaged, (bytes.fromhex(sha256),))
+        database.commit()
+    response = served.complete(task="one")
+    assert response.status_code == 500
+    assert str(served.tasks_folder) not in response.text
+    assert served.complete(task="two").status_code == 200
+    assert add(served, "one", make_router(1)).status_code == 200
+    assert served.complete(task="one").status_code == 200
+
+
+def test_a_task_is_shown_with_everything_known_of_it(
+    served: Served, make_router: MakeRouter
+) -> None:
+    router = make_router(1, description="first", provenance={"instruction": "Do it."})
+    add(served, "one", router)
+    served.client.put("/v1/tasks/one/labels", json={"team": "search"})
+    task = served.client.get("/v1/tasks/one").json()
+    assert isinstance(task.pop("created"), int)
+    assert task == {
+        "name": "one",
+        "object": "task",
+        "version": 1,
+        "router_sha256": hashlib.sha256(router).hexdigest(),
+        "size_bytes": len(router),
+        "description": "first",
+        "provenance": {"instruction": "Do it."},
+        "scores": {},
+        "template": "Do it.",
+        "servable": True,
+        "tenant": "default",
+        "current_version": 1,
+        "last_version": 1,
+        "labels": {"team": "search"},
+        "aliases": {},
+        "canary": None,
+        "shared_with": [],
+        "deleted": None,
+    }
+
+
+def test_labels_come_with_a_task_and_are_replaced(served: Served, make_router: MakeRouter) -> None:
+    router = make_router(1)
+    query = [("name", "one"), ("label", "team=search"), ("label", "env=a=b")]
+    made = served.client.post("/v1/tasks", params=query, content=router, headers=BINARY).json()
+    assert made["labels"] == {"team": "search", "env": "a=b"}
+    encoded = base64.b64encode(make_router(2)).decode()
+    changed = served.client.put("/v1/tasks/one", json={"router": encoded, "labels": {"team": "x"}})
+    assert (changed.json()["version"], changed.json()["labels"]) == (2, {"team": "x"})
+    assert served.client.put("/v1/tasks/one", json={"router": encoded}).json()["labels"] == {
+        "team": "x"
+    }
+    assert served.client.put("/v1/tasks/one/labels", json={}).json()["labels"] == {}
+
+
+@pytest.mark.parametrize("label", ["team", "Team=a", "=a", "a" * 64 + "=b", "a=" + "b" * 257])
+def test_a_label_that_is_none_is_400(served: Served, make_router: MakeRouter, label: str) -> None:
+    query = {"name": "one", "label": label}
+    response = served.client.post("/v1/tasks", params=query, content=make_router(1), headers=BINARY)
+    assert response.status_code == 400
+    assert served.client.get("/v1/tasks", params={"label": label}).status_code == 400
+
+
+def test_tasks_are_searched_by_text_and_labels(served: Served, make_router: MakeRouter) -> None:
+    for seed, (name, text) in enumerate({"one": "First", "two": "Second", "three": "100%"}.items()):
+        add(served, name, make_router(seed, description=text))
+    served.client.put("/v1/tasks/one/labels", json={"team": "a", "env": "x"})
+    served.client.put("/v1/tasks/two/labels", json={"team": "a", "env": "y"})
+
+    def found(*query: tuple[str, str]) -> list[str]:
+        page = served.client.get("/v1/tasks", params=query).json()
+        return [task["name"] for task in page["data"]]
+
+    assert found(("q", "FIRST")) == ["one"]
+    assert found(("q", "t")) == ["one", "three", "two"]
+    assert found(("q", "0%")) == ["three"]
+    assert found(("q", "%")) == ["three"]
+    assert found(("q", "_")) == []
+    assert found(("label", "team=a")) == ["one", "two"]
+    assert found(("label", "team=a"), ("label", "env=y")) == ["two"]
+    assert found(("label", "team=b")) == []
+
+
+def test_a_dropped_task_is_listed_apart_and_comes_back(
+    served: Served, make_router: MakeRouter
+) -> None:
+    before = add(served, "one", make_router(1)).json()
+    served.client.delete("/v1/tasks/one")
+    assert served.client.get("/v1/tasks").json()["data"] == []
+    (dropped,) = served.client.get("/v1/tasks", params={"deleted": "true"}).json()["data"]
+    assert dropped["deleted"] is not None
+    assert dropped | {"deleted": None} == before
+    assert served.client.post("/v1/tasks/one/undelete", json={}).json() == before
+    assert served.complete(task="one").status_code == 200
+    assert served.client.get("/v1/tasks", params={"deleted": "true"}).json()["data"] == []
+
+
+def test_what_was_dropped_long_ago_is_purged_while_the_server_runs(
+    tmp_path: Path,
+    random_inventory: Inventory,
+    tokenizer: PreTrainedTokenizerBase,
+    make_router: MakeRouter,
+) -> None:
+    with serving(tmp_path, random_inventory, tokenizer, FakeEngine()) as served:
+        for name in ("long-ago", "lately"):
+            add(served, name, make_router(1))
+            served.client.delete(f"/v1/tasks/{name}")
+    with closing(sqlite3.connect(tmp_path / "registry.db")) as database:
+        database.execute("UPDATE tasks SET deleted = 1 WHERE name = 'long-ago'")
+        database.commit()
+    with serving(tmp_path, random_inventory, tokenizer, FakeEngine()) as served:
+        names = ["both"]
+        for _ in range(1000):
+            page = served.client.get("/v1/tasks", params={"deleted": "true"}).json()
+            names = [task["name"] for task in page["data"]]
+            if len(names) == 1:
+                break
+        assert names == ["lately"]
+        assert served.client.post("/v1/tasks/long-ago/undelete", json={}).status_code == 404
+        assert add(served, "long-ago", make_router(1)).json()["version"] == 2
+
+
+def test_a_browser_cannot_be_made_to_change_a_task(served: Served, make_router: MakeRouter) -> None:
+    """A page on another site may send GET and POST of text, without being asked about it."""
+    task = add(served, "one", make_router(1)).json()
+    for method, path in (
+        ("POST", "/v1/tasks/one/undelete"),
+        ("POST", "/v1/tasks/one/rollback"),
+        ("PUT", "/v1/tasks/one/labels"),
+        ("PUT", "/v1/tasks/one/aliases/prod"),
+        ("PUT", "/v1/tasks/one/canary"),
+        ("PUT", "/v1/tasks/one/shared_with/other"),
+        ("DELETE", "/v1/tasks/one"),
+        ("DELETE", "/v1/tasks/one/canary"),
+    ):
+        plain = {"content-type": "text/plain"}
+        response = served.client.request(method, path, content=b"{}", headers=plain)
+        assert response.status_code == 415, (method, path)
+    assert served.client.post("/v1/tasks/one/undelete").status_code == 415
+    assert served.client.get("/v1/tasks/one").json() == task
+
+
+def test_a_shared_task_is_another_tenants_to_use_and_not_to_change(
     served: Served, make_router: MakeRouter
 ) -> None:
     add(served, "one", make_router(1))
     add(served, "two", make_router(2))
-    (path,) = served.tasks_folder.glob("one@*")
-    path.write_bytes(b"damaged")
-    response = served.complete(task="one")
-    assert response.status_code == 500
-    assert str(path) not in response.text
-    assert served.complete(task="two").status_code == 200
+    guest = tenant(served, "guest")
+    assert served.client.put("/v1/tasks/one/shared_with/guest").json()["shared_with"] == ["guest"]
+    tenant(served, "third")
+    served.client.put("/v1/tasks/one/shared_with/third")
+    seen = guest.get("/v1/tasks/default:one")
+    assert seen.json()["shared_with"] == ["guest"]
+    ids = [model["id"] for model in guest.get("/v1/models").json()["data"]]
+    assert ids == ["base", "default:one"]
+    assert guest.get("/v1/tasks").json()["data"] == []
+    asked = {"prompt": "Hello", "task": "default:one"}
+    assert guest.post("/v1/completions", json=asked).status_code == 200
+    unknown = guest.get("/v1/tasks/default:none")
+    assert unknown.status_code == 404
+    for path in ("one", "default:two", "two", "default:one@2", "default:one@prod"):
+        assert guest.get(f"/v1/tasks/{path}").content == unknown.content
+    assert guest.delete("/v1/tasks/default:one").content == unknown.content
+    assert guest.put("/v1/tasks/default:one/shared_with/guest").content == unknown.content
+    served.client.delete("/v1/tasks/one/shared_with/guest")
+    assert guest.get("/v1/tasks/default:one").content == unknown.content
+    assert guest.post("/v1/completions", json=asked).status_code == 404
+    guest.close()

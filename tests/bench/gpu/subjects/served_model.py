@@ -70,6 +70,7 @@ def config_for(requests: int, *, graphs: bool) -> EmbeddedConfig:
         max_running=requests,
         slots=requests + 2,
         kv_cache_tokens=requests * MOST_TOKENS,
+        prefix_cache=False,  # every prompt is measured
         cuda_graphs=graphs,
     )
 

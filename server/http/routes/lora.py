@@ -1,0 +1,89 @@
+"""The routes by which vLLM loads and unloads adapters while it runs, for clients that know them.
+
+The requests, texts and statuses are vLLM's; what is loaded is a router, as a task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from fastapi import APIRouter
+from starlette.responses import JSONResponse, Response
+
+from polyrex.adapters.errors import TaskExists, UnknownTask
+from polyrex.adapters.files.router import size_limit
+from polyrex.server.errors import Forbidden
+from polyrex.server.http.conditions import JSON_ONLY, revision_headers
+from polyrex.server.http.context import AppContext, Asker, Context
+from polyrex.server.http.responses import described
+from polyrex.server.registry.principal import Principal
+from polyrex.server.requests.bodies import LoadLora, UnloadLora
+from polyrex.server.requests.lora_folder import read_below
+
+router = APIRouter(prefix="/v1", dependencies=[JSON_ONLY])
+
+
+@router.post("/load_lora_adapter", responses=described(400, 403, 404, 409, 415, 422, 503, 507))
+async def load(body: LoadLora, context: Context, asker: Asker) -> Response:
+    """Register a router from a file below --lora-dir as a task.
+
+    With `load_inplace` an existing task gets a new version, and keeps its old one as `name@N`.
+    """
+    folder = _folder(context)
+    if not body.lora_name or not body.lora_path:
+        return _refused("Both 'lora_name' and 'lora_path' must be provided.")
+    if body.lora_name == context.config.model:
+        return _refused(f"The lora adapter '{body.lora_name}' conflicts with a served base model.")
+    return await asyncio.to_thread(_load, context, asker, body, folder)
+
+
+def _load(context: AppContext, asker: Principal, body: LoadLora, folder: Path) -> Response:
+    registry, name = context.registry, body.lora_name
+    # One byte more than a router may have, so that a longer file is refused and not cut.
+    limit = size_limit(registry.inventory) + 1
+    data = read_below(folder, body.lora_path, limit)
+    if data is None:
+        text = f"Loading lora {name} failed: No adapter found for the lora_path below --lora-dir"
+        return _refused(text, "NotFoundError", 404)
+    try:
+        new = registry.register(asker, name, data, replace=body.load_inplace).created
+    except TaskExists:
+        new = False
+    if not new and not body.load_inplace:
+        return _refused(
+            f"The lora adapter '{name}' has already been loaded. If you want to load the adapter "
+            "in place, set 'load_inplace' to True."
+        )
+    return _done(context, f"Success: LoRA adapter '{name}' added successfully.")
+
+
+@router.post("/unload_lora_adapter", responses=described(400, 403, 404, 415, 503))
+async def unload(body: UnloadLora, context: Context, asker: Asker) -> Response:
+    """Drop a task."""
+    _folder(context)
+    name = body.lora_name
+    if not name:
+        return _refused("'lora_name' needs to be provided to unload a LoRA adapter.")
+    try:
+        await asyncio.to_thread(context.edits.drop, asker, name)
+    except UnknownTask:
+        return _refused(f"The lora adapter '{name}' cannot be found.", "NotFoundError", 404)
+    return _done(context, f"Success: LoRA adapter '{name}' removed successfully.")
+
+
+def _folder(context: AppContext) -> Path:
+    """The folder of --lora-dir. Raises Forbidden where the server was started without one."""
+    if context.config.lora_dir is None:
+        raise Forbidden("this server loads no files; its flag --lora-dir names a folder of them")
+    return context.config.lora_dir
+
+
+def _done(context: AppContext, text: str) -> Response:
+    return Response(text, headers=revision_headers(context))
+
+
+def _refused(message: str, kind: str = "InvalidUserInput", status: int = 400) -> Response:
+    """An error in vLLM's shape, which has the status as its code."""
+    error = {"message": message, "type": kind, "param": None, "code": status}
+    return JSONResponse({"error": error}, status)

@@ -1,0 +1,262 @@
+"""Registers a router as the next version of a task, inside one change of the database."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Row, and_, delete, func, insert, select, update
+
+from polyrex.adapters.errors import MalformedFile, TaskExists, UnknownTask
+from polyrex.adapters.files.router import Router
+from polyrex.server.errors import IdempotencyMismatch, QuotaExceeded
+
+from .database import Change
+from .records import TaskRecord, VersionRecord
+from .routers import delete_versions, store_router
+from .rows import Expected, TaskRow, check_expected, is_live, load_task, load_version
+from .schema import aliases, idempotency, shares, tasks, tenants, versions
+
+_IDEMPOTENCY_SECONDS = 24 * 3600
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What registering came to: the task as it stands, and the version that was asked for."""
+
+    task: TaskRecord
+    version: VersionRecord
+    created: bool  # the name was new, or had been dropped
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A router that somebody wants to register, already checked."""
+
+    tenant: str
+    name: str
+    data: bytes
+    router: Router
+    replace: bool = False
+    expected: Expected = None
+    labels: Mapping[str, str] | None = None  # None: as they are
+    idempotency_key: str | None = None
+    keep_versions: int = 1000
+    shipped: bool = False
+
+    def digest(self) -> bytes:
+        """The sha256 of what is asked for."""
+        labels = None if self.labels is None else sorted(self.labels.items())
+        asked = [self.name, self.router.sha256, self.replace, labels, str(self.expected)]
+        return hashlib.sha256(json.dumps(asked).encode()).digest()
+
+
+def check_text(router: Router, source: str) -> None:
+    """Raise MalformedFile where what a router says of itself cannot be stored as text."""
+    # PostgreSQL's text has no NUL; half surrogates are refused where the file is parsed.
+    template = router.metadata.provenance.get("instruction")
+    for field, value in (("description", router.metadata.description), ("instruction", template)):
+        if isinstance(value, str) and "\0" in value:
+            raise MalformedFile(f"{source}: {field} holds a NUL character")
+
+
+def register_in(change: Change, wanted: Registration) -> Registered:
+    """Register, as `TaskRegistry.register` describes it."""
+    connection = change.connection
+    tenant = connection.execute(
+        select(tenants).where(tenants.c.name == wanted.tenant)
+    ).one_or_none()
+    if tenant is None:
+        raise UnknownTask
+    if wanted.idempotency_key is not None:
+        before = _registered_before(connection, tenant.id, wanted)
+        if before is not None:
+            return before
+    is_it = and_(tasks.c.tenant_id == tenant.id, tasks.c.name == wanted.name)
+    row = connection.execute(select(tasks).where(is_it)).one_or_none()
+    live = row is not None and row.current_version is not None and row.deleted is None
+    check_expected(wanted.expected, row.changed if row is not None and live else None)
+    if row is not None and live:
+        task_id, number = row.id, _with_live(change, tenant, row, wanted)
+    else:
+        task_id, number = _without_live(change, tenant, row, wanted)
+    if wanted.idempotency_key is not None:
+        _remember(change, tenant.id, wanted, (task_id, number, not live))
+    return _registered(connection, task_id, number, created=not live)
+
+
+def _with_live(change: Change, tenant: Row[Any], row: TaskRow, wanted: Registration) -> int:
+    """Where the task is there: nothing, other labels, or the next version; the version's number."""
+    current = load_version(change.connection, row.id, row.current_version)
+    assert current is not None
+    same = current.router_sha256 == wanted.router.sha256
+    same_labels = wanted.labels is None or dict(wanted.labels) == row.labels
+    if not (same and same_labels) and not wanted.replace:
+        what = "other labels" if same else f"another router (sha256 {current.router_sha256})"
+        raise TaskExists(f"task {wanted.name} exists with {what}")
+    if not same:
+        return _add_version(change, tenant, row, wanted)
+    number: int = row.current_version
+    if store_router(change.connection, wanted.data):
+        change.record("repair", "task", row.id, version=number)
+    if not same_labels:
+        changed = change.record("label", "task", row.id)
+        values = {"labels": dict(wanted.labels or {}), "changed": changed}
+        change.connection.execute(update(tasks).where(tasks.c.id == row.id).values(values))
+    return number
+
+
+def _without_live(
+    change: Change, tenant: Row[Any], row: TaskRow | None, wanted: Registration
+) -> tuple[int, int]:
+    """A new task, or a deleted one that begins again; its id, and its version's number."""
+    connection = change.connection
+    if not wanted.shipped:
+        check_tasks_quota(connection, tenant)
+    fresh = {"created": time.time(), "labels": dict(wanted.labels or {})}
+    if row is None:
+        named = {"tenant_id": tenant.id, "name": wanted.name, "last_version": 0, "changed": 0}
+        inserted = insert(tasks).values(named | fresh).returning(tasks)
+        row = connection.execute(inserted).one()
+    else:
+        for table in (aliases, shares):
+            connection.execute(delete(table).where(table.c.task_id == row.id))
+        cleared = {"deleted": None, "canary_version": None, "canary_share": None}
+        connection.execute(update(tasks).where(tasks.c.id == row.id).values(cleared | fresh))
+    return row.id, _add_version(change, tenant, row, wanted)
+
+
+def _add_version(change: Change, tenant: Row[Any], row: TaskRow, wanted: Registration) -> int:
+    """Insert the next version of a task and make it the current one; returns its number."""
+    connection = change.connection
+    if not wanted.shipped:
+        _check_bytes_quota(connection, tenant, len(wanted.data))
+    store_router(connection, wanted.data)
+    number: int = row.last_version + 1
+    digest = bytes.fromhex(wanted.router.sha256)
+    connection.execute(insert(versions), version_row(row.id, number, wanted))
+    changed = change.record("register", "task", row.id, version=number, router_sha256=digest)
+    values = {"current_version": number, "last_version": number, "changed": changed}
+    if wanted.labels is not None:
+        values["labels"] = dict(wanted.labels)
+    connection.execute(update(tasks).where(tasks.c.id == row.id).values(values))
+    _prune(change, row.id, number - wanted.keep_versions)
+    return number
+
+
+def version_row(task_id: int, number: int, wanted: Registration) -> dict[str, Any]:
+    """The row of `versions` for a new version."""
+    about = wanted.router.metadata
+    template = about.provenance.get("instruction")
+    return {
+        "task_id": task_id,
+        "version": number,
+        "router_sha256": bytes.fromhex(wanted.router.sha256),
+        "inventory_sha256": about.inventory_sha256,
+        "size_bytes": len(wanted.data),
+        "created": time.time(),
+        "shipped": wanted.shipped,
+        "description": about.description,
+        "template": template if isinstance(template, str) else None,
+        "provenance": dict(about.provenance),
+        "scores": dict(about.scores),
+    }
+
+
+def _prune(change: Change, task_id: int, last: int) -> None:
+    """Delete the versions up to a number, but those that something names."""
+    if last < 1:
+        return
+    connection = change.connection
+    named = select(aliases.c.version).where(aliases.c.task_id == task_id)
+    canary = select(tasks.c.canary_version).where(
+        tasks.c.id == task_id, tasks.c.canary_version.is_not(None)
+    )
+    prunable = and_(
+        versions.c.task_id == task_id,
+        versions.c.version <= last,
+        versions.c.version.not_in(named),
+        versions.c.version.not_in(canary),
+    )
+    for number in connection.execute(select(versions.c.version).where(prunable)).scalars().all():
+        delete_versions(connection, task_id, [number])
+        change.record("prune", "task", task_id, version=number)
+
+
+def check_tasks_quota(connection: Connection, tenant: Row[Any]) -> None:
+    """Raise QuotaExceeded where a tenant, a row of `tenants`, has no room for another task."""
+    most = tenant.quotas.get("tasks")
+    if most is None:
+        return
+    counted = select(func.count()).where(tasks.c.tenant_id == tenant.id, is_live())
+    if connection.execute(counted).scalar_one() >= most:
+        raise QuotaExceeded(f"the tenant has as many tasks as it may have, {most}")
+
+
+def _check_bytes_quota(connection: Connection, tenant: Row[Any], size: int) -> None:
+    most = tenant.quotas.get("bytes")
+    if most is None:
+        return
+    summed = (
+        select(func.coalesce(func.sum(versions.c.size_bytes), 0))
+        .join_from(versions, tasks, versions.c.task_id == tasks.c.id)
+        .where(tasks.c.tenant_id == tenant.id)
+    )
+    if connection.execute(summed).scalar_one() + size > most:
+        raise QuotaExceeded(f"the tenant's versions may have {most} bytes together")
+
+
+def _registered_before(
+    connection: Connection, tenant_id: int, wanted: Registration
+) -> Registered | None:
+    """What the request with this Idempotency-Key came to; None where none has come."""
+    is_it = and_(idempotency.c.tenant_id == tenant_id, idempotency.c.key == wanted.idempotency_key)
+    found = connection.execute(select(idempotency).where(is_it)).one_or_none()
+    if found is None:
+        return None
+    if found.digest != wanted.digest():
+        raise IdempotencyMismatch("this Idempotency-Key came before, with another request")
+    try:
+        return _registered(connection, found.task_id, found.version, created=found.created_task)
+    except LookupError as error:
+        raise IdempotencyMismatch(
+            "what this Idempotency-Key registered is gone; send another key"
+        ) from error
+
+
+def _remember(
+    change: Change, tenant_id: int, wanted: Registration, outcome: tuple[int, int, bool]
+) -> None:
+    """Note what a request with an Idempotency-Key came to, and forget those of long ago."""
+    task_id, number, created = outcome
+    if not change.recorded:
+        change.record("confirm", "task", task_id, version=number)
+    now = time.time()
+    old = idempotency.c.at < now - _IDEMPOTENCY_SECONDS
+    change.connection.execute(delete(idempotency).where(old))
+    row = {
+        "tenant_id": tenant_id,
+        "key": wanted.idempotency_key,
+        "digest": wanted.digest(),
+        "task_id": task_id,
+        "version": number,
+        "created_task": created,
+        "at": now,
+    }
+    change.connection.execute(insert(idempotency), row)
+
+
+def _registered(connection: Connection, task_id: int, number: int, *, created: bool) -> Registered:
+    task = load_task(connection, task_id)
+    if task is None:
+        raise LookupError
+    version = task.current
+    if version.version != number:
+        version = load_version(connection, task_id, number)
+    if version is None:
+        raise LookupError
+    return Registered(task, version, created)

@@ -1,0 +1,143 @@
+"""The proofs of `make reliability`: each at full length, and with a defect that it must find."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from support.reliability.planted import ACKNOWLEDGED_FIRST, DEAF, HOARDING, HURRIED, LABELLED, UNPINNED
+
+from .ground import Ground
+from .proofs.history import history
+from .proofs.kills import kills
+from .proofs.many_tasks import many_tasks
+from .proofs.one_killed import one_killed
+from .proofs.two_servers import two_servers
+from .proofs.updates import updates
+from .result import Result
+
+Prove = Callable[[Ground], Result]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """One goal: `full` must pass, and `planted`, which has the defect, must not."""
+
+    full: Prove
+    planted: Prove
+    defect: str
+
+
+def _kills(kind: str, killed: int, acknowledged: int, *defects: str) -> Prove:
+    def prove(ground: Ground) -> Result:
+        url = ground.sqlite() if kind == "sqlite" else ground.postgresql()
+        return kills(
+            ground.small,
+            ground.folder(),
+            url,
+            kills=killed,
+            acknowledged=acknowledged,
+            defects=defects,
+        )
+
+    return prove
+
+
+def _killed(kind: str) -> Proof:
+    return Proof(
+        _kills(kind, 2000, 500_000),
+        _kills(kind, 20, 2000, ACKNOWLEDGED_FIRST),
+        "registrations are acknowledged 5 ms before they are committed",
+    )
+
+
+def _updates(count: int, routers: int, *defects: str) -> Prove:
+    def prove(ground: Ground) -> Result:
+        return updates(
+            ground.small,
+            ground.folder(),
+            ground.postgresql(),
+            updates=count,
+            routers=routers,
+            defects=defects,
+        )
+
+    return prove
+
+
+def _history(operations: int, *defects: str, with_revisions: bool) -> Prove:
+    def prove(ground: Ground) -> Result:
+        return history(
+            ground.small,
+            ground.folder(),
+            ground.postgresql(),
+            operations=operations,
+            with_revisions=with_revisions,
+            defects=defects,
+        )
+
+    return prove
+
+
+def _one_killed(registrations: int, forget: int = 0) -> Prove:
+    def prove(ground: Ground) -> Result:
+        return one_killed(
+            ground.small,
+            ground.folder(),
+            ground.postgresql(),
+            registrations=registrations,
+            forget=forget,
+        )
+
+    return prove
+
+
+def _two_servers(ground: Ground, *, same_folder: bool) -> Result:
+    return two_servers(ground.small, ground.folder(), same_folder=same_folder)
+
+
+def _many_tasks(ground: Ground, count: int, *defects: str, timed: bool) -> Result:
+    return many_tasks(ground.small, ground.folder(), count=count, timed=timed, defects=defects)
+
+
+PROOFS = {
+    "kills-sqlite": _killed("sqlite"),
+    "kills-postgresql": _killed("postgresql"),
+    "two-servers": Proof(
+        partial(_two_servers, same_folder=True),
+        partial(_two_servers, same_folder=False),
+        "the second server has a folder of its own, and starts",
+    ),
+    "updates": Proof(
+        _updates(2000, 500),
+        _updates(100, 50, UNPINNED),
+        "the second half of an answer comes from the version that is current by then",
+    ),
+    "following": Proof(
+        _updates(400, 200),
+        _updates(100, 100, DEAF),
+        "replicas do not follow each other's changes",
+    ),
+    "history-with-revisions": Proof(
+        _history(10_000, with_revisions=True),
+        _history(2000, DEAF, HURRIED, with_revisions=True),
+        "a request with a revision does not wait for it, on replicas that do not follow",
+    ),
+    "history-without-revisions": Proof(
+        _history(10_000, with_revisions=False),
+        _history(2000, DEAF, with_revisions=False),
+        "replicas do not follow each other's changes",
+    ),
+    "one-killed": Proof(
+        _one_killed(5000),
+        _one_killed(100, forget=5),
+        "the newest five changes are taken out of the database before it is examined",
+    ),
+    "many-tasks": Proof(
+        partial(_many_tasks, count=100_000, timed=True),
+        lambda ground: _many_tasks(ground, 10_000, HOARDING, LABELLED, timed=False),
+        "8 KiB of memory and a line of /metrics for each task",
+    ),
+}
+"""Name -> proof, in the order in which they run."""

@@ -1,0 +1,99 @@
+"""Two `polyrex serve` processes on one folder of tasks: the second refuses to start."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from collections.abc import Iterator
+from pathlib import Path
+
+from reliability.result import Result
+from support.reliability.client import LOST, Client
+from support.reliability.small_base import Routers, SmallBase, quiet_threads
+
+SECONDS = 120
+"""A generous wait for a server's start or end."""
+
+
+@contextmanager
+def _serve(small: SmallBase, folder: Path, output: Path) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """A server process, and its port; the context ends it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    command = [Path(sys.executable).with_name("polyrex"), "serve", "--port", str(port)]
+    command += ["--base", small.base, "--inventory", small.inventory, "--tasks-dir", folder]
+    with (
+        output.open("wb") as out,
+        subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=quiet_threads()
+        ) as process,
+    ):
+        try:
+            yield port, process
+        finally:
+            process.terminate()
+
+
+def _wait_until_ready(port: int, process: subprocess.Popen[bytes], output: Path) -> None:
+    end = time.monotonic() + SECONDS
+    with Client(port) as client:
+        while time.monotonic() < end:
+            if process.poll() is not None:
+                raise RuntimeError(output.read_text())
+            try:
+                if client.send("GET", "/readyz").status == 200:
+                    return
+            except LOST:
+                time.sleep(0.1)
+    raise RuntimeError("the server did not become ready")
+
+
+def two_servers(small: SmallBase, folder: Path, *, same_folder: bool = True) -> Result:
+    """Start a server, register a task, and start another server beside it.
+
+    With another folder for the second, which is what the proof must notice, it starts.
+    """
+    outputs = folder / "first.txt", folder / "second.txt"
+    tasks = folder / "tasks"
+    routers = Routers(small.read_inventory())
+    with _serve(small, tasks, outputs[0]) as (port, first):
+        _wait_until_ready(port, first, outputs[0])
+        with Client(port) as client:
+            client.put("kept", routers(1))
+            second_tasks = tasks if same_folder else folder / "other"
+            refused, named = _second(small, second_tasks, outputs[1])
+            still = [client.put("kept", routers(number)).json() for number in (2, 3)]
+            shown = client.send("GET", "/v1/tasks/kept").json()
+    return Result(
+        goal="two servers on one SQLite folder",
+        length="2 processes",
+        figures={
+            "second servers that refused to start": int(refused),
+            "messages that name the file": int(named),
+            "versions registered through the first afterwards": len(still),
+            "version that it serves": shown["version"],
+        },
+        at_least={
+            "second servers that refused to start": 1,
+            "messages that name the file": 1,
+            "version that it serves": 3,
+        },
+        remarks=[outputs[1].read_text()[-1000:]],
+    )
+
+
+def _second(small: SmallBase, tasks: Path, output: Path) -> tuple[bool, bool]:
+    """Whether a second server ended with an error, and whether its message names the database."""
+    with _serve(small, tasks, output) as (port, process):
+        with Client(port) as client:
+            while process.poll() is None:
+                try:
+                    if client.send("GET", "/readyz").status == 200:
+                        return False, False
+                except LOST:
+                    time.sleep(0.1)
+    return process.returncode != 0, "registry.db" in output.read_text()

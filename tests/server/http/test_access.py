@@ -1,0 +1,323 @@
+"""Every route, method, identity and spelling of path and Host: exactly as the table declares."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import re
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+from transformers import PreTrainedTokenizerBase
+
+from polyrex.adapters.files.inventory import Inventory
+from polyrex.server.config import ServerConfig
+from polyrex.server.errors import StartError
+from polyrex.server.http.access import ACCESS, Rule, access_table, check_declared
+from polyrex.server.http.auth import Guard
+from polyrex.server.registry.database import Database
+from polyrex.server.registry.principal import Role
+from polyrex.server.registry.tenants.directory import Directory
+from support.fake_server import FakeEngine, Serve, Served, serving
+from support.tenants.identities import (
+    OPERATOR_DIGESTS,
+    OPERATOR_KEY,
+    client_of,
+    make_key,
+    make_tenant,
+    revoke,
+)
+
+DOCS = Path(__file__).parents[3] / "docs" / "tenants.md"
+ROUTES = sorted(ACCESS)
+HOSTS = (
+    "localhost",
+    "x/livez?",
+    "a/?x=",
+    "evil/#",
+    "x/readyz",
+    "evil.example",
+    "user@127.0.0.1:1",
+    "",
+)
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A server that asks for keys, and somebody of every kind who asks it."""
+
+    served: Served
+    roles: dict[str, Role | None]  # None: nobody that the server knows
+    keys: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def guarded(
+    random_inventory: Inventory,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Guarded]:
+    folder = tmp_path_factory.mktemp("tasks")
+    with (
+        serving(
+            folder,
+            random_inventory,
+            tokenizer,
+            FakeEngine(),
+            api_key_digests=OPERATOR_DIGESTS,
+        ) as served,
+        client_of(served.url, OPERATOR_KEY) as operator,
+    ):
+        make_tenant(operator, "acme")
+        make_tenant(operator, "rival")
+        roles: dict[str, Role | None] = {role.value: role for role in Role}
+        keys = {role.value: make_key(operator, "acme", role.value) for role in Role}
+        roles |= {"key file": Role.server_admin, "other tenant": Role.task_admin}
+        keys |= {
+            "key file": OPERATOR_KEY,
+            "other tenant": make_key(operator, "rival", "task-admin"),
+            "revoked": make_key(operator, "acme", "server-admin"),
+            "wrong": "plx_0123456789abcdef_" + "x" * 43,
+        }
+        roles |= {"nobody": None, "revoked": None, "wrong": None}
+        revoke(operator, keys["revoked"])
+        yield Guarded(served, roles, keys)
+
+
+def address(served: Served) -> tuple[str, int]:
+    return served.client.base_url.host, served.client.base_url.port or 0
+
+
+def send(
+    connection: http.client.HTTPConnection,
+    method: str,
+    path: str,
+    key: str | None = None,
+    host: str = "localhost",
+    **headers: str,
+) -> int:
+    """Send a request as it is spelt here, without a body, and return the status of the answer."""
+    connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+    connection.putheader("Host", host)
+    if key is not None:
+        connection.putheader("Authorization", f"Bearer {key}")
+    for name, value in headers.items():
+        connection.putheader(name.replace("_", "-"), value)
+    connection.putheader("Content-Length", "0")
+    connection.endheaders()
+    response = connection.getresponse()
+    response.read()
+    return response.status
+
+
+def open_path(path: str) -> str:
+    """A path of a route, its parameters filled with a name that nothing has."""
+    return re.sub(r"\{\w+\}", "nothing", path)
+
+
+def unknown_forms(path: str) -> dict[str, str]:
+    """Spellings that look like a path to somebody, and are none of its route."""
+    if path == "/":
+        return {"doubled": "//"}
+    return {
+        "doubled": f"/{path}",
+        "trailing": f"{path}/",
+        "case": path.swapcase(),
+        "dots": f"/livez/..{path}",
+    }
+
+
+def known_forms(path: str) -> dict[str, str]:
+    """Spellings that the server reads as the path itself."""
+    encoded = "".join(f"%{ord(letter):02x}" if letter != "/" else "/" for letter in path)
+    return {
+        "plain": path,
+        "encoded": encoded,
+        "encoded slashes": "/" + path[1:].replace("/", "%2F"),
+        "query": f"{path}?path=/livez",
+    }
+
+
+def declared(rule: Rule, role: Role | None) -> str:
+    if rule.open or (role is not None and role in rule.roles):
+        return "let through"
+    return "unknown" if role is None else "forbidden"
+
+
+def outcome(status: int) -> str:
+    return {401: "unknown", 403: "forbidden"}.get(status, "let through")
+
+
+def test_every_identity_gets_from_every_route_what_the_table_says(guarded: Guarded) -> None:
+    found, expected = {}, {}
+    with closing(http.client.HTTPConnection(*address(guarded.served), timeout=30)) as connection:
+        for number, ((method, path), who) in enumerate(product(ROUTES, guarded.roles)):
+            for name, form in known_forms(open_path(path)).items():
+                host = HOSTS[number % len(HOSTS)]
+                case = (method, path, who, name, host)
+                status = send(connection, method, form, guarded.keys.get(who), host)
+                found[case] = outcome(status)
+                expected[case] = declared(ACCESS[method, path], guarded.roles[who])
+    assert len(found) == 4 * len(ROUTES) * len(guarded.roles)
+    assert found == expected
+
+
+def test_no_spelling_of_a_path_is_another_route(guarded: Guarded) -> None:
+    found, expected = {}, {}
+    with closing(http.client.HTTPConnection(*address(guarded.served), timeout=30)) as connection:
+        for (method, path), who in product(ROUTES, guarded.roles):
+            for name, form in unknown_forms(open_path(path)).items():
+                case = (method, path, who, name)
+                found[case] = send(connection, method, form, guarded.keys.get(who))
+                expected[case] = 401 if guarded.roles[who] is None else 404
+    assert found == expected
+
+
+def test_no_host_and_no_method_gets_anybody_in_without_a_key(guarded: Guarded) -> None:
+    found = set()
+    paths = {path for _, path in ROUTES if not ACCESS.get(("GET", path), Rule()).open}
+    with closing(http.client.HTTPConnection(*address(guarded.served), timeout=30)) as connection:
+        for path, host in product(sorted(paths), HOSTS):
+            for method in ("GET", "HEAD", "OPTIONS", "TRACE", "POST", "PUT", "PATCH", "DELETE"):
+                found.add(send(connection, method, open_path(path), None, host))
+        for method in ("HEAD", "OPTIONS", "TRACE", "POST"):
+            found.add(send(connection, method, "/livez"))
+    assert found == {401}
+
+
+def test_the_role_is_checked_before_the_body_is_read(guarded: Guarded) -> None:
+    size = 64 << 20  # more than the server would read
+    with closing(http.client.HTTPConnection(*address(guarded.served), timeout=30)) as connection:
+        connection.putrequest("PUT", "/v1/tasks/x")
+        connection.putheader("Authorization", f"Bearer {guarded.keys['inference']}")
+        connection.putheader("Content-Length", str(size))
+        connection.endheaders()  # and no body follows
+        assert connection.getresponse().status == 403
+
+
+def test_every_route_of_the_application_is_in_the_table_and_no_other(guarded: Guarded) -> None:
+    with client_of(guarded.served.url, OPERATOR_KEY) as operator:
+        paths = operator.get("/openapi.json").json()["paths"]
+    documented = {(method.upper(), path) for path in paths for method in paths[path]}
+    documented |= {
+        ("GET", path) for path in ("/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")
+    }
+    assert documented == set(ACCESS)
+
+
+def test_a_route_that_the_table_does_not_have_keeps_the_server_from_starting() -> None:
+    app = FastAPI()
+    app.add_api_route("/v1/models", lambda: None, methods=["GET"])
+    check_declared(app.routes)
+    app.add_api_route("/v1/models", lambda: None, methods=["DELETE"])
+    with pytest.raises(StartError, match="DELETE /v1/models"):
+        check_declared(app.routes)
+    app = FastAPI()
+    app.mount("/files", Response())
+    with pytest.raises(StartError, match="/files"):
+        check_declared(app.routes)
+
+
+def test_the_docs_show_the_table() -> None:
+    assert f"\n\n{access_table()}\n\n" in DOCS.read_text()
+
+
+def test_websockets_are_refused(tmp_path: Path) -> None:
+    sent: list[Message] = []
+
+    async def send_message(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "websocket.connect"}
+
+    async def accept(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "websocket.accept"})
+
+    with closing(Database(f"sqlite:///{tmp_path / 'registry.db'}")) as database:
+        guard = Guard(accept, ServerConfig(), Directory(database))
+        scope = {"type": "websocket", "path": "/livez"}
+        asyncio.run(guard(scope, receive, send_message))
+    assert [message["type"] for message in sent] == ["websocket.close"]
+
+
+LOOPBACK = ("localhost", "localhost:8000", "127.0.0.1", "127.0.0.1:8000", "[::1]", "[::1]:80")
+ELSEWHERE = (
+    "evil.example",
+    "evil.example:8000",
+    "localhost.evil.example",
+    "127.0.0.1.evil.example",
+    "evil.example/localhost",
+    "localhost@evil.example",
+    "localhost:80@evil.example",
+    "localhost:",
+    "[::1].evil.example",
+    "",
+)
+
+
+def test_without_keys_only_names_of_this_machine_are_answered(served: Served) -> None:
+    def ask(host: str, path: str) -> int:
+        with closing(http.client.HTTPConnection(*address(served), timeout=30)) as connection:
+            return send(connection, "GET", path, None, host)
+
+    assert {host: ask(host, "/v1/models") for host in LOOPBACK} == dict.fromkeys(LOOPBACK, 200)
+    assert {host: ask(host, "/v1/models") for host in ELSEWHERE} == dict.fromkeys(ELSEWHERE, 400)
+    assert {ask(host, "/livez") for host in ELSEWHERE} == {200}  # health checks use addresses
+
+
+def test_allowed_hosts_are_answered_and_no_others(serve: Serve) -> None:
+    served = serve(allowed_hosts=("API.example",))
+    for host, status in (("api.example:443", 200), ("localhost", 400), ("x.api.example", 400)):
+        response = served.client.get("/v1/models", headers={"host": host})
+        assert response.status_code == status, host
+    refused = served.client.get("/v1/models", headers={"host": "evil.example"}).json()["error"]
+    assert "evil.example" in refused["message"]
+    assert "--allowed-hosts" in refused["message"]
+
+
+FOREIGN = (
+    {"origin": "http://evil.example"},
+    {"origin": "null"},
+    {"origin": "http://localhost:3000"},
+    {"sec-fetch-site": "cross-site"},
+    {"sec-fetch-site": "same-site"},
+)
+
+
+@pytest.mark.parametrize("headers", FOREIGN, ids=str)
+def test_a_page_of_another_origin_can_change_nothing_without_a_key(
+    served: Served, headers: dict[str, str]
+) -> None:
+    status = {}
+    for method, path in ROUTES:
+        if method != "GET":
+            answer = served.client.request(
+                method,
+                open_path(path),
+                headers={"content-type": "text/plain", **headers},
+                content=b"{}",
+            )
+            status[method, path] = answer.status_code
+    assert set(status.values()) == {403}
+
+
+def test_the_servers_own_pages_and_programs_are_of_no_other_origin(served: Served) -> None:
+    own: tuple[dict[str, str], ...] = (
+        {},
+        {"origin": str(served.client.base_url).rstrip("/")},
+        {"sec-fetch-site": "same-origin", "origin": str(served.client.base_url).rstrip("/")},
+        {"sec-fetch-site": "none"},
+    )
+    body = {"prompt": "x", "max_tokens": 1}
+    for headers in own:
+        answer: httpx.Response = served.client.post("/v1/completions", json=body, headers=headers)
+        assert answer.status_code == 200, headers

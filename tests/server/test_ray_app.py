@@ -1,0 +1,427 @@
+"""The server under Ray Serve: two replicas over one registry, one of which is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import random
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from polyrex.adapters.files.inventory import Inventory
+from polyrex.server.config import Device, EngineName, Launch, VllmEngineConfig
+from polyrex.server.errors import EngineStopped, StartError
+from support.postgres import Cluster
+from support.random_inventory import random_router
+from support.reliability.small_base import Routers, SmallBase, quiet_threads
+
+pytest.importorskip("ray", reason="Ray is not installed (pip install 'polyrex[ray]')")
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # Ray's own
+    from polyrex.server.ray_app import Replica, app, deployment_options, read_launch
+
+URL = "postgresql://somebody@127.0.0.1/registry"
+SECONDS = 120  # far more than anything takes, so that a test fails instead of hanging
+
+# `serve run`, in a cluster that ends with this process. Each line names a file for Serve.
+DRIVER = """
+import sys
+
+import ray
+from ray import serve
+from ray.serve.scripts import cli
+
+ray.init("local", num_cpus=2, object_store_memory=80_000_000, include_dashboard=False,
+         _temp_dir=sys.argv[1], namespace="serve")
+for line in sys.stdin:
+    cli(["run", "--non-blocking", line.strip()], standalone_mode=False)
+serve.shutdown()
+ray.shutdown()
+"""
+
+
+def wait_until(condition: Callable[[], bool]) -> bool:
+    """Whether the condition holds at last."""
+    end = time.monotonic() + SECONDS
+    while not (holds := condition()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return holds
+
+
+@dataclass
+class Fleet:
+    """Two replicas in a Ray cluster, behind its proxy."""
+
+    url: str
+    driver: subprocess.Popen[str]
+    folder: Path
+    settings: dict[str, Any]
+    inventory: Inventory
+    files: Iterator[int] = field(default_factory=count)
+
+    def deploy(self, replicas: int) -> None:
+        """Run the application with this number of replicas."""
+        application = {
+            "import_path": "polyrex.server.ray_app:app",
+            "args": self.settings,
+            "deployments": [
+                {"name": "polyrex", "num_replicas": replicas, "autoscaling_config": None}
+            ],
+        }
+        options = {"host": "127.0.0.1", "port": httpx.URL(self.url).port}
+        file = self.folder / f"{next(self.files)}.yaml"
+        file.write_text(json.dumps({"http_options": options, "applications": [application]}))
+        assert self.driver.stdin is not None
+        self.driver.stdin.write(f"{file}\n")
+        self.driver.stdin.flush()
+
+    def replicas(self) -> set[int]:
+        """The processes of the replicas."""
+        processes = psutil.Process(self.driver.pid).children(recursive=True)
+        return {each.pid for each in processes if _title(each).startswith("ray::ServeReplica")}
+
+    def answered(self) -> set[str]:
+        """The logs of the replicas that have answered a completion; each replica has its own."""
+        logs = self.folder.glob("session_latest/logs/serve/replica_*.log")
+        return {log.name for log in logs if "POST /v1/completions 200" in log.read_text()}
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=SECONDS, trust_env=False)
+
+    def all_answer(self, replicas: int) -> bool:
+        """Whether so many replicas that have not answered before answer completions at last."""
+        before = self.answered()
+
+        def answer() -> bool:
+            with self.client() as client, ThreadPoolExecutor(8) as pool:
+                list(pool.map(lambda _: client.post("/v1/completions", json=BASE), range(8)))
+            return len(self.answered() - before) >= replicas
+
+        return wait_until(answer)
+
+
+BASE = {"prompt": "1 2 3", "max_tokens": 5, "temperature": 0}
+LONG = {"prompt": ["1 2 3"] * 32, "n": 2, "max_tokens": 480, "ignore_eos": True, "stream": True}
+"""64 completions in one stream."""
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def free_port() -> int:
+    """A port from which the system and Ray take none for their own use."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError("no port is free")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> SmallBase:
+    return SmallBase.write(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def fleet(
+    small: SmallBase, postgres_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Fleet]:
+    """A fleet of two replicas of the embedded engine; a test leaves as many."""
+    settings = {
+        "base": str(small.base),
+        "inventory": str(small.inventory),
+        "tasks_dir": str(tmp_path_factory.mktemp("tasks")),
+        "insecure": True,
+    }
+    with tempfile.TemporaryDirectory(prefix="ray-") as name:  # pytest's paths are too long for Ray
+        database = {"POLYREX_SERVE_REGISTRY_URL": postgres_cluster.create_database()}
+        with _driver(Path(name), database) as driver:
+            url = f"http://127.0.0.1:{free_port()}"
+            fleet = Fleet(url, driver, Path(name), settings, small.read_inventory())
+            fleet.deploy(2)
+            with fleet.client() as client:
+                assert wait_until(lambda: _ready(client)), (Path(name) / "output").read_text()
+            assert fleet.all_answer(2)
+            yield fleet
+
+
+@contextmanager
+def _driver(folder: Path, settings: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    environment = quiet_threads() | settings
+    environment |= {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray then listens on loopback alone; nobody else may use the cluster
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
+    with (
+        (folder / "output").open("w") as output,
+        subprocess.Popen(
+            [sys.executable, "-c", DRIVER, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        ) as driver,
+    ):
+        try:
+            yield driver
+        finally:
+            assert driver.stdin is not None
+            driver.stdin.close()
+            try:
+                driver.wait(60)
+            finally:
+                driver.kill()
+
+
+def _ready(client: httpx.Client) -> bool:
+    try:
+        return client.get("/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def running(client: httpx.Client) -> int:
+    """Requests that one of the replicas runs."""
+    lines = client.get("/metrics").text.splitlines()
+    (line,) = (each for each in lines if each.startswith("vllm:num_requests_running"))
+    return int(float(line.split()[-1]))
+
+
+def register(client: httpx.Client, name: str, router: bytes) -> httpx.Response:
+    octets = {"content-type": "application/octet-stream"}
+    return client.put(f"/v1/tasks/{name}", content=router, headers=octets)
+
+
+def test_a_task_is_known_to_both_replicas_once_it_is_acknowledged(fleet: Fleet) -> None:
+    texts: dict[str, set[str]] = {}
+    with fleet.client() as client:
+        for number in range(4):
+            name = f"known-{number}"
+            registered = register(client, name, random_router(fleet.inventory, number))
+            seen = {"x-polyrex-min-revision": registered.headers["x-polyrex-revision"]}
+            with ThreadPoolExecutor(8) as pool:
+                answers = pool.map(
+                    lambda _, name=name, seen=seen: client.post(
+                        "/v1/completions", json={**BASE, "task": name}, headers=seen
+                    ),
+                    range(16),
+                )
+            texts[name] = {answer.json()["choices"][0]["text"] for answer in answers}
+    assert [len(each) for each in texts.values()] == [1, 1, 1, 1]
+    assert len(set.union(*texts.values())) > 1
+    assert len(fleet.answered()) >= 2
+
+
+def test_a_stream_passes_the_proxy_as_it_is_made_and_ends_with_its_client(fleet: Fleet) -> None:
+    with fleet.client() as client, fleet.client() as other:
+        with client.stream("POST", "/v1/completions", json=LONG) as stream:
+            lines = stream.iter_lines()
+            first = json.loads(next(lines).removeprefix("data: "))
+            seen = wait_until(lambda: running(other) > 0)
+        gone = wait_until(lambda: not any(running(other) for _ in range(10)))
+    assert first["choices"][0]["finish_reason"] is None
+    assert (seen, gone) == (True, True)
+
+
+@dataclass
+class Load:
+    """Completions and registrations while replicas come and go."""
+
+    fleet: Fleet
+    statuses: list[int] = field(default_factory=list)
+    texts: set[str] = field(default_factory=set)
+    acknowledged: dict[str, str] = field(default_factory=dict)
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def complete(self) -> None:
+        with self.fleet.client() as client:
+            while not self.ended.is_set():
+                body = {**BASE, "task": "loaded", "max_tokens": 100, "ignore_eos": True}
+                answer = client.post("/v1/completions", json=body)
+                self.statuses.append(answer.status_code)
+                if answer.status_code == 200:
+                    self.texts.add(answer.json()["choices"][0]["text"])
+
+    def register(self) -> None:
+        routers = Routers(self.fleet.inventory)
+        with self.fleet.client() as client:
+            for number in count(1):
+                if self.ended.is_set():
+                    return
+                router = routers(number)
+                answer = register(client, f"kept-{number}", router)
+                self.statuses.append(answer.status_code)
+                if answer.status_code == 201:
+                    self.acknowledged[f"kept-{number}"] = hashlib.sha256(router).hexdigest()
+
+
+def test_a_killed_replica_takes_nothing_with_it_but_what_ran_on_it(fleet: Fleet) -> None:
+    load = Load(fleet)
+    with fleet.client() as client, ThreadPoolExecutor(6) as pool:
+        register(client, "loaded", random_router(fleet.inventory, 9))
+        work = [pool.submit(load.complete) for _ in range(5)] + [pool.submit(load.register)]
+        wait_until(lambda: len(load.acknowledged) >= 20)
+        before = fleet.replicas()
+        psutil.Process(min(before)).kill()
+        back = fleet.all_answer(1)  # a replica with a log of its own: the one that Ray made anew
+        after = fleet.replicas()
+        load.ended.set()
+        for each in work:
+            each.result()
+        kept = {
+            name: client.get(f"/v1/tasks/{name}").json()["router_sha256"]
+            for name in load.acknowledged
+        }
+    failed = [status for status in load.statuses if status not in (200, 201)]
+    assert back
+    assert (len(after), len(before & after)) == (2, 1)
+    assert len(failed) <= 6  # one for each thread: what ran on it when it was killed
+    assert len(load.statuses) > 100
+    assert len(load.texts) == 1
+    assert kept == load.acknowledged
+
+
+def test_a_replica_that_is_not_needed_any_more_ends_its_streams_first(fleet: Fleet) -> None:
+    begun = threading.Barrier(5)
+
+    def stream() -> str:
+        with fleet.client() as client, client.stream("POST", "/v1/completions", json=LONG) as read:
+            lines = read.iter_lines()
+            first = next(lines)
+            begun.wait(SECONDS)
+            return "\n".join([first, *lines])
+
+    with ThreadPoolExecutor(4) as pool:
+        work = [pool.submit(stream) for _ in range(4)]
+        begun.wait(SECONDS)
+        fleet.deploy(1)
+        texts = [each.result() for each in work]
+    fewer = wait_until(lambda: len(fleet.replicas()) == 1)
+    fleet.deploy(2)
+    back = fleet.all_answer(1)
+    assert [text.count('"finish_reason": "length"') for text in texts] == [64] * 4
+    assert [text.rstrip().endswith("data: [DONE]") for text in texts] == [True] * 4
+    assert (fewer, back) == (True, True)
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Arguments of a deployment that is as it should be."""
+    for name in os.environ:
+        if name.startswith("POLYREX_SERVE_") or name == "POLYREX_CONFIG":
+            monkeypatch.delenv(name)
+    return {"registry": {"url": URL}, "insecure": True}
+
+
+@pytest.mark.parametrize("registry", [{}, {"url": "sqlite:////tmp/registry.db"}])
+def test_replicas_do_not_share_a_file(settings: dict[str, Any], registry: dict[str, str]) -> None:
+    with pytest.raises(StartError, match="replicas share one registry"):
+        app(settings | {"registry": registry})
+
+
+def test_rays_proxies_may_be_reached_from_anywhere(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("a key\n")
+    with pytest.raises(StartError, match="no API key would be required"):
+        app(settings | {"insecure": False})
+    launch = read_launch(settings | {"insecure": False, "api_key_file": str(keys)})
+    assert launch.server.api_key_digests == (hashlib.sha256(b"a key").digest(),)
+    assert read_launch(settings).server.host == "0.0.0.0"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"port": 9000}, "host and port are Ray's"),
+        ({"host": "127.0.0.2"}, "host and port are Ray's"),
+        ({"embedded": {"slotz": 8}}, "Unknown option: --embedded.slotz"),
+        ({"embedded": {"slots": "many"}}, "unable to convert"),
+    ],
+)
+def test_a_wrong_setting_is_told(
+    settings: dict[str, Any], wrong: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(StartError, match=message):
+        app(settings | wrong)
+
+
+def test_arguments_come_before_the_environment_and_that_before_the_file(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "polyrex.toml"
+    file.write_text("[serve.embedded]\nslots = 3\nmax_running = 3\nmax_batch_tokens = 3\n")
+    monkeypatch.setenv("POLYREX_CONFIG", str(file))
+    monkeypatch.setenv("POLYREX_SERVE_EMBEDDED_SLOTS", "4")
+    monkeypatch.setenv("POLYREX_SERVE_EMBEDDED_MAX_RUNNING", "4")
+    given = {"slots": 5, "cuda_graphs": False}
+    launch = read_launch(settings | {"embedded": given, "allowed_hosts": ["a", "b"]})
+    sizes = launch.embedded
+    assert (sizes.slots, sizes.max_running, sizes.max_batch_tokens) == (5, 4, 3)
+    assert (sizes.cuda_graphs, launch.server.allowed_hosts) == (False, ("a", "b"))
+
+
+def test_ray_is_told_what_a_replica_takes() -> None:
+    config = VllmEngineConfig(tensor_parallel=2, max_running=32)
+    launch = Launch(engine=EngineName.vllm, device=Device.cuda, vllm=config)
+    large, small = deployment_options(launch), deployment_options(Launch())
+    assert large["ray_actor_options"] == {"num_cpus": 2, "num_gpus": 2}
+    assert small["ray_actor_options"] == {"num_cpus": 1, "num_gpus": 0}
+    assert large["autoscaling_config"].target_ongoing_requests == 32
+    assert small["autoscaling_config"].max_replicas > small["autoscaling_config"].min_replicas > 0
+    assert small["graceful_shutdown_timeout_s"] > Launch().server.drain_seconds
+    assert small["max_ongoing_requests"] == Launch().server.max_in_flight
+
+
+def test_a_replica_is_healthy_from_the_start_of_its_engine_to_its_end(
+    settings: dict[str, Any], small: SmallBase, postgres_url: str, tmp_path: Path
+) -> None:
+    places = {"base": str(small.base), "inventory": str(small.inventory)}
+    places |= {"tasks_dir": str(tmp_path)}
+    replica = Replica(read_launch(settings | places | {"registry": {"url": postgres_url}}))
+    served = replica.__serve_build_asgi_app__()
+
+    async def live() -> bool:
+        async with served.router.lifespan_context(served):
+            first = asyncio.create_task(replica.check_health())
+            await asyncio.sleep(0)
+            waited = not first.done()
+            await first
+            await served.state.context.engine.stop()
+            with pytest.raises(EngineStopped):
+                await replica.check_health()
+        return waited
+
+    assert asyncio.run(live())

@@ -1,0 +1,137 @@
+"""Servers that start in milliseconds: one process imports everything, and forks itself.
+
+Each server is the real application over real HTTP, with a registry that it opens itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Self
+
+from .client import LOST, Client
+from .small_base import SmallBase, quiet_threads
+
+TESTS = Path(__file__).parents[2]
+
+
+class ServerGone(Exception):
+    """A server ended before it was ready; the message is what it wrote."""
+
+
+@dataclass
+class Forked:
+    """A server process."""
+
+    pid: int
+    port: int
+    output: Path
+    _handle: int  # a pidfd: no other process can have this pid while it is open
+
+    def client(self, key: str | None = None) -> Client:
+        """A connection to it."""
+        return Client(self.port, key)
+
+    def wait_until_ready(self) -> None:
+        """Raises ServerGone where it ends instead."""
+        with self.client() as client:
+            while True:
+                try:
+                    if client.send("GET", "/readyz").status == HTTPStatus.OK:
+                        return
+                except LOST as error:
+                    if self.ended(timeout=10):
+                        raise ServerGone(self.output.read_text()[-4000:]) from error
+
+    def ended(self, timeout: float = 0) -> bool:
+        """Whether the process has ended, after at most so many seconds."""
+        poll = select.poll()
+        poll.register(self._handle, select.POLLIN)
+        return bool(poll.poll(timeout * 1000))
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """Send a signal that ends it, and wait until it has ended."""
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._handle, number)
+        if not self.ended(timeout=30):
+            raise RuntimeError(f"process {self.pid} does not end")
+
+    def close(self) -> None:
+        """Kill it if it runs."""
+        self.kill()
+        os.close(self._handle)
+
+
+class ForkServer:
+    """The process that has imported everything, and starts servers."""
+
+    def __init__(self, small: SmallBase, folder: Path) -> None:
+        """`folder`: where the servers' output goes."""
+        self._folder = folder
+        self._started = 0
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "support.reliability.forked", small.base, small.inventory],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=quiet_threads() | {"PYTHONPATH": _python_path()},
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._process.communicate()  # its input is over: it ends
+
+    def start(
+        self,
+        url: str,
+        *,
+        engine: str = "echo",
+        defects: Sequence[str] = (),
+        keep_versions: int = 1000,
+    ) -> Forked:
+        """Start a server on a registry; it is not ready yet.
+
+        `engine` is echo or embedded; `defects` are names of forked.DEFECTS.
+        """
+        self._started += 1
+        output = self._folder / f"server-{self._started}.txt"
+        order = {
+            "url": url,
+            "engine": engine,
+            "defects": list(defects),
+            "keep_versions": keep_versions,
+            "output": str(output),
+        }
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline())
+        return Forked(answer["pid"], answer["port"], output, os.pidfd_open(answer["pid"]))
+
+    @contextmanager
+    def serving(
+        self, url: str, *, engine: str = "echo", defects: Sequence[str] = ()
+    ) -> Iterator[Forked]:
+        """A server that is ready; the context ends it."""
+        server = self.start(url, engine=engine, defects=defects)
+        try:
+            server.wait_until_ready()
+            yield server
+        finally:
+            server.close()
+
+
+def _python_path() -> str:
+    return os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))

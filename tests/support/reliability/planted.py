@@ -1,0 +1,122 @@
+"""Defects that a forked server is given on purpose: a proof must find each of them."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from polyrex.adapters.errors import UnknownTask
+from polyrex.adapters.files.task import TaskVersion
+from polyrex.server.engines.base import Engine
+from polyrex.server.registry.principal import OPERATOR
+from polyrex.server.registry.registry import TaskRegistry
+from polyrex.server.requests.metrics import Metrics
+
+from .engines import UnpinnedEngine
+
+ACKNOWLEDGED_FIRST = "acknowledged first"
+"""A registration is acknowledged before it is committed."""
+DEAF = "deaf"
+"""The index does not follow what another replica changes."""
+HURRIED = "hurried"
+"""A request with a revision does not wait until the index has reached it."""
+UNPINNED = "unpinned"
+"""A request does not keep the version that it began with."""
+HOARDING = "hoarding"
+"""The server keeps 8 KiB of memory for each task."""
+LABELLED = "labelled"
+"""/metrics has a line for each task."""
+
+
+def plant_in_registry(registry: TaskRegistry, defects: Sequence[str]) -> list[bytearray]:
+    """Break the registry before it starts; what it shall hoard."""
+    if DEAF in defects:
+        registry.start = lambda: None  # type: ignore[method-assign]
+    if HURRIED in defects:
+        told = TaskRegistry.revision.fget  # type: ignore[attr-defined]
+        TaskRegistry.revision = property(lambda found: max(told(found), 1 << 40))  # type: ignore[assignment, method-assign]
+    return [bytearray(os.urandom(8192)) for _ in range(len(registry) if HOARDING in defects else 0)]
+
+
+def plant_in_engine(engine: Engine, registry: TaskRegistry, defects: Sequence[str]) -> Engine:
+    """Wrap the engine."""
+
+    def current(name: str) -> TaskVersion:
+        return registry.pin(OPERATOR, name)
+
+    return UnpinnedEngine(engine, current) if UNPINNED in defects else engine
+
+
+def plant_in_app(app: FastAPI, registry: TaskRegistry, defects: Sequence[str]) -> None:
+    """Put a broken middleware in front of the application, or break its metrics."""
+    if ACKNOWLEDGED_FIRST in defects:
+        app.add_middleware(AcknowledgeFirst, registry=registry)
+    if LABELLED in defects:
+        metrics: Metrics = app.state.context.metrics
+        for name, _ in registry.models(OPERATOR, None, len(registry)):
+            metrics.http_requests.labels("GET", f"/v1/tasks/{name}", "200").inc()
+
+
+@dataclass
+class AcknowledgeFirst:
+    """Answers a PUT with the version that it will have, and carries it out a moment later."""
+
+    app: ASGIApp
+    registry: TaskRegistry
+    last: dict[str, int] = field(default_factory=dict)  # version of each task, as acknowledged
+    behind: asyncio.Queue[tuple[Scope, bytes]] | None = None
+    worker: asyncio.Task[None] | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http" or scope["method"] != "PUT":
+            await self.app(scope, receive, send)
+            return
+        if self.behind is None:
+            self.behind = asyncio.Queue(maxsize=4)
+            self.worker = asyncio.create_task(self._carry_out(self.behind))
+        body = await _body(receive)
+        name = scope["path"].rsplit("/", 1)[1]
+        version = self.last[name] = self._last(name) + 1
+        await self.behind.put((scope, body))
+        found = {"version": version, "router_sha256": hashlib.sha256(body).hexdigest()}
+        headers = [(b"content-type", b"application/json"), (b"x-polyrex-revision", b"0")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": json.dumps(found).encode()})
+
+    def _last(self, name: str) -> int:
+        if name not in self.last:
+            try:
+                self.last[name] = self.registry.find(OPERATOR, name).last_version
+            except UnknownTask:
+                self.last[name] = 0
+        return self.last[name]
+
+    async def _carry_out(self, behind: asyncio.Queue[tuple[Scope, bytes]]) -> None:
+        while True:
+            scope, body = await behind.get()
+            await asyncio.sleep(0.005)
+
+            async def receive(body: bytes = body) -> Message:
+                return {"type": "http.request", "body": body, "more_body": False}
+
+            async def send(_message: Message) -> None:
+                return
+
+            await self.app(scope, receive, send)
+
+
+async def _body(receive: Receive) -> bytes:
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    return body

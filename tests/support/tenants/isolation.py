@@ -1,0 +1,145 @@
+"""A tenant guesses at the tasks of another, over every route that takes a name."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from urllib.parse import quote
+
+import httpx
+
+from .identities import client_of, make_key, make_tenant
+
+SECRETS = ("merger-plan", "payroll-2026", "dropped-plan")
+"""The names of the tasks that nobody else may learn of; the last one is dropped."""
+OWNER = "acme"
+
+Send = Callable[[httpx.Client, str], httpx.Response]
+
+
+def _at(method: str, path: str, body: object = None) -> Send:
+    def send(client: httpx.Client, guess: str) -> httpx.Response:
+        filled = path.replace("{}", quote(guess, safe=""))
+        json = {} if body is None and method != "GET" else body
+        return client.request(method, filled, json=json)
+
+    return send
+
+
+def _field(path: str, name: str, body: Mapping[str, object]) -> Send:
+    return lambda client, guess: client.post(path, json={**body, name: guess})
+
+
+_PROMPT = {"prompt": "x", "max_tokens": 1}
+_CHAT = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+
+READS: Mapping[str, Send] = {
+    "completions, task": _field("/v1/completions", "task", _PROMPT),
+    "completions, model": _field("/v1/completions", "model", _PROMPT),
+    "chat, task": _field("/v1/chat/completions", "task", _CHAT),
+    "chat, model": _field("/v1/chat/completions", "model", _CHAT),
+    "model": _at("GET", "/v1/models/{}"),
+    "task": _at("GET", "/v1/tasks/{}"),
+    "versions": _at("GET", "/v1/tasks/{}/versions"),
+}
+EDITS: Mapping[str, Send] = {
+    "drop": _at("DELETE", "/v1/tasks/{}"),
+    "undelete": _at("POST", "/v1/tasks/{}/undelete"),
+    "roll back": _at("POST", "/v1/tasks/{}/rollback", {"version": 1}),
+    "set alias": _at("PUT", "/v1/tasks/{}/aliases/mine", {"version": 1}),
+    "remove alias": _at("DELETE", "/v1/tasks/{}/aliases/prod"),
+    "set canary": _at("PUT", "/v1/tasks/{}/canary", {"version": 1, "share": 0.5}),
+    "remove canary": _at("DELETE", "/v1/tasks/{}/canary"),
+    "share": _at("PUT", "/v1/tasks/{}/shared_with/rival"),
+    "unshare": _at("DELETE", "/v1/tasks/{}/shared_with/rival"),
+    "labels": _at("PUT", "/v1/tasks/{}/labels", {"mine": "yes"}),
+}
+SENDS = {**READS, **EDITS}
+
+
+@dataclass
+class Guessing:
+    """What a tenant could learn: by route, the different answers; and names that showed up."""
+
+    asked: int = 0
+    answers: dict[str, set[tuple[int, bytes]]] = field(default_factory=dict)
+    leaks: list[str] = field(default_factory=list)
+    before: list[object] = field(default_factory=list)
+    after: list[object] = field(default_factory=list)
+
+
+def guess_at_tasks(
+    operator: httpx.Client, routers: tuple[bytes, bytes], guesses: int, seed: int = 0
+) -> Guessing:
+    """Let one tenant register tasks, and another one guess at them, `guesses` requests in all.
+
+    `operator` administers a server without tenants of their own; `routers` are two that it takes.
+    """
+    found = Guessing()
+    make_tenant(operator, OWNER)
+    make_tenant(operator, "rival")
+    url = str(operator.base_url)
+    with (
+        client_of(url, make_key(operator, OWNER, "task-admin")) as owner,
+        client_of(url, make_key(operator, "rival", "task-admin")) as rival,
+    ):
+        _register(owner, routers)
+        found.before = _tasks_of(owner)
+        draw = random.Random(seed)
+        routes = sorted(SENDS)
+        for number in range(guesses):
+            route = routes[number % len(routes)]
+            response = SENDS[route](rival, _guess(draw))
+            found.answers.setdefault(route, set()).add((response.status_code, response.content))
+            found.asked += 1
+        found.leaks = _leaks(rival, operator)
+        found.after = _tasks_of(owner)
+    return found
+
+
+def _register(owner: httpx.Client, routers: tuple[bytes, bytes]) -> None:
+    for name in SECRETS:
+        for data in routers:
+            owner.put(
+                f"/v1/tasks/{name}",
+                content=data,
+                headers={"content-type": "application/octet-stream"},
+            ).raise_for_status()
+        owner.put(f"/v1/tasks/{name}/aliases/prod", json={"version": 1}).raise_for_status()
+    owner.delete(f"/v1/tasks/{SECRETS[-1]}").raise_for_status()
+
+
+def _guess(draw: random.Random) -> str:
+    """A name, in every form: most are of a task that is there."""
+    name = draw.choice((*SECRETS, *SECRETS, "no-such-task", f"t{draw.randrange(10**6)}"))
+    if draw.random() < 0.1:
+        return str(draw.randrange(1, 9))  # the id of a row
+    tenant = draw.choice(("", f"{OWNER}:", f"{OWNER}:", "rival:", "no-such-tenant:"))
+    selector = draw.choice(("", "", "@1", "@2", "@3", "@prod", "@no-such-alias"))
+    return f"{tenant}{name}{selector}"
+
+
+def _tasks_of(owner: httpx.Client) -> list[object]:
+    pages = [owner.get("/v1/tasks", params={"deleted": deleted}) for deleted in (False, True)]
+    shown: list[object] = [page.raise_for_status().json()["data"] for page in pages]
+    return shown
+
+
+def _leaks(rival: httpx.Client, operator: httpx.Client) -> list[str]:
+    """Where another tenant, or a reader of metrics, finds a name that is none of his."""
+    asked = {
+        "models": rival.get("/v1/models"),
+        "tasks": rival.get("/v1/tasks"),
+        "deleted tasks": rival.get("/v1/tasks", params={"deleted": True}),
+        "search": rival.get("/v1/tasks", params={"q": "plan"}),
+        "page": rival.get("/v1/tasks", params={"after": "a"}),
+        "whoami": rival.get("/v1/whoami"),
+        "metrics": operator.get("/metrics"),
+    }
+    return [
+        f"{where}: {name}"
+        for where, response in asked.items()
+        for name in (*SECRETS, OWNER)
+        if response.status_code != 200 or name in response.text
+    ]
