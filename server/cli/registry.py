@@ -51,7 +51,7 @@ app = App(
 
 
 @app.command
-def migrate(*, place: At = Place()) -> None:  # noqa: B008  # frozen
+def migrate(*, place: At = Place()) -> None:
     """Bring the tables to this version, as a server does when it starts.
 
     A file must not be in use.
@@ -61,7 +61,7 @@ def migrate(*, place: At = Place()) -> None:  # noqa: B008  # frozen
 
 
 @app.command
-def check(*, place: At = Place()) -> int:  # noqa: B008
+def check(*, place: At = Place()) -> int:
     """Look whether the registry is whole: its tables, and every router's bytes.
 
     Prints a line for each fault, and exits with 1 where there is one. A server may run meanwhile.
@@ -76,7 +76,7 @@ def check(*, place: At = Place()) -> int:  # noqa: B008
 def backup(
     file: Annotated[Path, Parameter(help="The new file.")],
     *,
-    place: At = Place(),  # noqa: B008
+    place: At = Place(),
 ) -> None:
     """Write the whole registry to one file: keys, secrets and history, too.
 
@@ -91,7 +91,7 @@ def backup(
 def export(
     file: Annotated[Path, Parameter(help="The new file.")],
     *,
-    place: At = Place(),  # noqa: B008
+    place: At = Place(),
 ) -> None:
     """Write tenants and tasks to one file, for `import` into another registry.
 
@@ -106,7 +106,7 @@ def export(
 def import_tasks(
     file: Annotated[ExistingFile, Parameter(help="An export or a backup.")],
     *,
-    place: At = Place(),  # noqa: B008
+    place: At = Place(),
 ) -> None:
     """Add the tenants and tasks of an export, or of a backup: all of them, or none.
 

@@ -30,11 +30,11 @@ class Answered(NamedTuple):
 
 
 async def first_token(
-    engine: Engine, prompt: tuple[int, ...], new: int, task: TaskVersion | None
+    engine: Engine, prompt: tuple[int, ...], new: int, task: TaskVersion | None, salt: str = ""
 ) -> Answered:
     """Generate `new` tokens greedily, and time the first."""
     sampling = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
-    request = GenerationRequest("bench", prompt, sampling, task)
+    request = GenerationRequest("bench", prompt, sampling, task, salt)
     tokens, seconds = [], None
     started = time.perf_counter()
     async with aclosing(engine.generate(request)) as chunks:

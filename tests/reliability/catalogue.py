@@ -6,7 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from support.reliability.planted import ACKNOWLEDGED_FIRST, DEAF, HOARDING, HURRIED, LABELLED, UNPINNED
+from support.reliability.planted import (
+    ACKNOWLEDGED_FIRST,
+    DEAF,
+    HOARDING,
+    HURRIED,
+    LABELLED,
+    UNPINNED,
+)
 
 from .ground import Ground
 from .proofs.history import history
@@ -33,8 +40,7 @@ def _kills(kind: str, killed: int, acknowledged: int, *defects: str) -> Prove:
     def prove(ground: Ground) -> Result:
         url = ground.sqlite() if kind == "sqlite" else ground.postgresql()
         return kills(
-            ground.small,
-            ground.folder(),
+            ground.forks,
             url,
             kills=killed,
             acknowledged=acknowledged,
@@ -55,8 +61,7 @@ def _killed(kind: str) -> Proof:
 def _updates(count: int, routers: int, *defects: str) -> Prove:
     def prove(ground: Ground) -> Result:
         return updates(
-            ground.small,
-            ground.folder(),
+            ground.forks,
             ground.postgresql(),
             updates=count,
             routers=routers,
@@ -69,8 +74,7 @@ def _updates(count: int, routers: int, *defects: str) -> Prove:
 def _history(operations: int, *defects: str, with_revisions: bool) -> Prove:
     def prove(ground: Ground) -> Result:
         return history(
-            ground.small,
-            ground.folder(),
+            ground.forks,
             ground.postgresql(),
             operations=operations,
             with_revisions=with_revisions,
@@ -83,8 +87,7 @@ def _history(operations: int, *defects: str, with_revisions: bool) -> Prove:
 def _one_killed(registrations: int, forget: int = 0) -> Prove:
     def prove(ground: Ground) -> Result:
         return one_killed(
-            ground.small,
-            ground.folder(),
+            ground.forks,
             ground.postgresql(),
             registrations=registrations,
             forget=forget,
@@ -98,7 +101,7 @@ def _two_servers(ground: Ground, *, same_folder: bool) -> Result:
 
 
 def _many_tasks(ground: Ground, count: int, *defects: str, timed: bool) -> Result:
-    return many_tasks(ground.small, ground.folder(), count=count, timed=timed, defects=defects)
+    return many_tasks(ground.forks, ground.folder(), count=count, timed=timed, defects=defects)
 
 
 PROOFS = {

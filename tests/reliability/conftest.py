@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from support.reliability.fork_server import ForkServer
 from support.reliability.small_base import SmallBase
 
 
@@ -14,3 +16,10 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> SmallBase:
     """The tiny model, made once."""
     folder: Path = tmp_path_factory.mktemp("small-base")
     return SmallBase.write(folder)
+
+
+@pytest.fixture(scope="session")
+def forks(small_base: SmallBase, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Starts servers."""
+    with ForkServer(small_base, tmp_path_factory.mktemp("servers")) as starter:
+        yield starter

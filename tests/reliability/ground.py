@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from support.postgres import NOT_INSTALLED, Cluster, find_binaries, running_cluster
+from support.reliability.fork_server import ForkServer
 from support.reliability.small_base import SmallBase
 
 
@@ -26,6 +27,11 @@ class Ground:
     def small(self) -> SmallBase:
         """The tiny base model."""
         return SmallBase.write(self.folder())
+
+    @cached_property
+    def forks(self) -> ForkServer:
+        """Starts servers."""
+        return self._closing.enter_context(ForkServer(self.small, self.folder()))
 
     @cached_property
     def cluster(self) -> Cluster:

@@ -12,7 +12,7 @@ from support.reliability.linearisability import (
     UNKNOWN,
     Kind,
     Operation,
-    lenient,
+    too_old,
     violations,
 )
 
@@ -81,11 +81,22 @@ def test_only_the_wrong_register_is_named() -> None:
     assert violations(history) == ["bad"]
 
 
-def test_a_lenient_history_may_be_stale_but_not_for_longer() -> None:
-    history = [put("a", 0, 1), put("b", 2, 3), get("a", 3.5, 3.6)]
-    assert violations(history) == ["k"]
-    assert violations(lenient(history, 1.0)) == []
-    assert violations(lenient([*history, get("a", 4.5, 4.6)], 1.0)) == ["k"]
+def test_a_get_may_be_stale_but_not_for_longer() -> None:
+    history = [put("a", 0, 1), put("b", 2, 3), get("a", 3.5, 3.6), get("b", 3.5, 3.6)]
+    late = get("a", 4.5, 4.6)
+    assert too_old(history, 1.0) == []
+    assert too_old([*history, late], 1.0) == [late]
+
+
+def test_a_get_of_nothing_is_too_old_once_there_is_something() -> None:
+    early, late = get(None, 0.5, 0.6), get(None, 2.5, 2.6)
+    assert too_old([put("a", 0, 1), early, late], 1.0) == [late]
+    assert too_old([put("a", 0, 1), drop(1.5, 1.7), late], 1.0) == []
+
+
+def test_what_nobody_put_is_too_old() -> None:
+    invented = get("x", 2, 3)
+    assert too_old([put("a", 0, 1), invented], 10.0) == [invented]
 
 
 def _explained(history: Sequence[Operation]) -> bool:

@@ -6,35 +6,28 @@ depend on how busy a machine is.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from reliability.proofs.history import history
 from reliability.proofs.one_killed import one_killed
 from reliability.proofs.updates import updates
+from support.reliability.fork_server import ForkServer
 from support.reliability.planted import DEAF, HURRIED, UNPINNED
-from support.reliability.small_base import SmallBase
 
 PATIENCE = 10.0
 
 
 def test_every_answer_is_that_of_a_version_that_was_current(
-    small_base: SmallBase, tmp_path: Path, postgres_url: str
+    forks: ForkServer, postgres_url: str
 ) -> None:
-    result = updates(
-        small_base, tmp_path, postgres_url, updates=200, routers=50, within=PATIENCE
-    )
+    result = updates(forks, postgres_url, updates=200, routers=50, within=PATIENCE)
     assert result.missed == [], result.remarks
     assert result.figures["updates"] == 200
 
 
-def test_answers_of_two_versions_in_one_are_found(
-    small_base: SmallBase, tmp_path: Path, postgres_url: str
-) -> None:
+def test_answers_of_two_versions_in_one_are_found(forks: ForkServer, postgres_url: str) -> None:
     result = updates(
-        small_base,
-        tmp_path,
+        forks,
         postgres_url,
         updates=60,
         routers=20,
@@ -45,40 +38,34 @@ def test_answers_of_two_versions_in_one_are_found(
     assert not result.passed
 
 
-def test_a_replica_that_does_not_follow_is_found(
-    small_base: SmallBase, tmp_path: Path, postgres_url: str
-) -> None:
-    result = updates(
-        small_base, tmp_path, postgres_url, updates=20, routers=20, within=1.0, defects=[DEAF]
-    )
+def test_a_replica_that_does_not_follow_is_found(forks: ForkServer, postgres_url: str) -> None:
+    result = updates(forks, postgres_url, updates=20, routers=20, within=1.0, defects=[DEAF])
     assert result.figures["replicas that do not serve the last version"] > 0
     assert not result.passed
 
 
 @pytest.mark.parametrize("with_revisions", [True, False], ids=["revisions", "none"])
 def test_histories_are_linearisable(
-    small_base: SmallBase, tmp_path: Path, postgres_url: str, with_revisions: bool
+    forks: ForkServer, postgres_url: str, with_revisions: bool
 ) -> None:
     result = history(
-        small_base,
-        tmp_path,
+        forks,
         postgres_url,
-        operations=1500,
+        operations=800,
         with_revisions=with_revisions,
         within=PATIENCE,
     )
     assert result.missed == [], result.remarks
-    assert result.figures["operations"] >= 1500
+    assert result.figures["operations"] >= 800
 
 
 def test_a_replica_that_does_not_wait_for_a_revision_is_found(
-    small_base: SmallBase, tmp_path: Path, postgres_url: str
+    forks: ForkServer, postgres_url: str
 ) -> None:
     result = history(
-        small_base,
-        tmp_path,
+        forks,
         postgres_url,
-        operations=1500,
+        operations=800,
         with_revisions=True,
         defects=[DEAF, HURRIED],
     )
@@ -87,17 +74,15 @@ def test_a_replica_that_does_not_wait_for_a_revision_is_found(
 
 
 def test_a_killed_replica_takes_nothing_with_it_but_what_it_ran(
-    small_base: SmallBase, tmp_path: Path, postgres_url: str
+    forks: ForkServer, postgres_url: str
 ) -> None:
-    result = one_killed(small_base, tmp_path, postgres_url, registrations=400)
+    result = one_killed(forks, postgres_url, registrations=400)
     assert result.missed == [], result.remarks
     assert result.figures["acknowledged"] >= 400
     assert result.figures["broken off on the killed replica"] > 0
 
 
-def test_a_lost_registration_is_found(
-    small_base: SmallBase, tmp_path: Path, postgres_url: str
-) -> None:
-    result = one_killed(small_base, tmp_path, postgres_url, registrations=40, forget=5)
+def test_a_lost_registration_is_found(forks: ForkServer, postgres_url: str) -> None:
+    result = one_killed(forks, postgres_url, registrations=40, forget=5)
     assert result.figures["lost"] > 0
     assert not result.passed

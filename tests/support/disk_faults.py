@@ -4,7 +4,7 @@ A run forks a server that makes a few changes while one call fails, notes what i
 kills itself as by kill -9. Then the file is opened again: what was acknowledged has to be there, and
 what was refused must not.
 
-    python -m support.disk_faults --to 200 --changes 30
+    python -m support.disk_faults --syncs 200 --writes 1000
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def run_fault_sweep(folder: Path, shim: Path, sweep: Sweep) -> Result:
 def main() -> None:
     """Run every sweep at a length that the command line gives."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--to", type=int, default=30, help="the last call that fails")
-    parser.add_argument("--changes", type=int, default=12, help="changes of a run")
+    parser.add_argument("--syncs", type=int, default=200, help="the last of those that fail")
+    parser.add_argument("--writes", type=int, default=1000, help="the last of those that fail")
     parser.add_argument("--sweep", help=argparse.SUPPRESS)
     parser.add_argument("folder", nargs="?", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -132,13 +132,13 @@ def main() -> None:
         shim = build_shim(Path(name))
         if shim is None:
             raise SystemExit("gcc is not installed")
-        for sweep in every_sweep(arguments.to, arguments.changes):
+        for sweep in every_sweep(arguments.syncs, arguments.writes):
             total += run_fault_sweep(Path(name), shim, sweep)
     print(json.dumps(asdict(total) | {"sound": total.sound}))
 
 
-def every_sweep(to: int, changes: int) -> list[Sweep]:
-    """Sweeps of every kind of call and error, once and lastingly, at the start and later."""
+def every_sweep(syncs: int, writes: int) -> list[Sweep]:
+    """Sweeps of the first calls of either kind and error, once and lastingly, early and later."""
     modes: list[dict[str, bool]] = [
         {},
         {"until_failure": True},
@@ -146,22 +146,29 @@ def every_sweep(to: int, changes: int) -> list[Sweep]:
         {"from_start": True},
         {"from_start": True, "lasting": True},
     ]
+    # A change makes one sync, and more than ten writes.
+    lengths = {"sync": (syncs, syncs), "write": (writes, writes // 10 + 1)}
     return [
-        Sweep(kind, error, tuple(range(1, to + 1)), changes, **mode)
-        for kind in KINDS
+        Sweep(kind, error, tuple(range(1, last + 1)), changes, **mode)
+        for kind, (last, changes) in lengths.items()
         for error in ERRORS
         for mode in modes
     ]
 
 
 def _run(folder: Path, sweep: Sweep) -> Result:
+    # Most runs begin with a copy of one registry: creating it takes longer than all the rest.
+    Database(_url(folder / "new")).close()
     with (folder / "faults").open("r+b") as file, mmap(file.fileno(), _FAULTS.size) as faults:
         return sum((_run_once(folder, faults, sweep, call) for call in sweep.calls), Result())
 
 
 def _run_once(folder: Path, faults: mmap, sweep: Sweep, call: int) -> Result:
     """Fork a server, let one call fail, and look at what it leaves behind."""
-    registry = Path(tempfile.mkdtemp(dir=folder))
+    registry = folder / "run"
+    registry.mkdir()
+    if not sweep.from_start:
+        shutil.copyfile(folder / "new" / "registry.db", registry / "registry.db")
     count = _EVERY if sweep.lasting else 1
     armed = _FAULTS.pack(KINDS[sweep.kind], call, count, ERRORS[sweep.error], 0)
     faults[:] = bytes(_FAULTS.size)

@@ -60,8 +60,8 @@ class Follower:
         """Catch up at every notification, and often without; raises where the connection breaks."""
         pooled = self._database.engine.raw_connection()
         connection: Any = pooled.driver_connection
-        pooled.detach()  # the pool has as many as before
         try:
+            pooled.detach()  # the pool has as many as before
             connection.autocommit = True
             connection.execute(f"LISTEN {CHANNEL}")
             probed = time.monotonic()

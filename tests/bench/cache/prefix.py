@@ -1,7 +1,7 @@
 """`make bench-prefix`: what the prefix cache of the embedded engine saves, and what it costs.
 
-The engine runs the base model and the shipped inventory in float32, with the prefix cache and
-without it in turns, on the same prompts, for requests to one task:
+Two engines run the base model and the shipped inventory in float32, one with the prefix cache and
+one without, on the same prompts, for requests to one task:
 
 - chat: four clients, one after another, with eight turns each; every prompt is the conversation so
   far, as text. The time to the first token of each turn after the first.
@@ -10,8 +10,9 @@ without it in turns, on the same prompts, for requests to one task:
 - 32 prompts at once that share nothing, in a cache that holds few of them: tokens a second. Two
   turns in three are without the cache, so that equal contenders show how much is noise.
 
-A time with the cache is compared with the same request's without it, in the same round. The last
-line is one JSON document.
+Prompts that come one after another go to both engines, one right after the other, in changing
+order; prompts that come at once go to both in turns. Every round begins with an empty cache. A time
+is compared with that of the same prompt in the same round. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -69,28 +70,30 @@ RULES = (
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: a model with a task, and its tokenizer."""
+    """What is measured: the shipped inventory on its base model, the first of its tasks."""
 
-    adapted: AdaptedModel
+    models: tuple[AdaptedModel, AdaptedModel]  # one for each engine
     inventory: Inventory
     task: TaskVersion
     tokenizer: Tokenizer
 
 
 def load() -> Subject:
-    """The shipped inventory on its base model, with the first of its tasks."""
+    """Load the model for both engines."""
     path = resolve_base(DEFAULT_BASE)
     bundle = Bundle(read_inventory(shipped_inventory(DEFAULT_BASE)))
-    adapted = in_passing_thread(
-        lambda: load_experts(bundle.inventory, load_base(path, torch.float32))
-    )
+
+    def model() -> AdaptedModel:
+        return load_experts(bundle.inventory, load_base(path, torch.float32))
+
+    models = in_passing_thread(lambda: (model(), model()))
     task = bundle.task(bundle.tasks[0])
-    return Subject(adapted, bundle.inventory, task, Tokenizer(load_tokenizer(path)))
+    return Subject(models, bundle.inventory, task, Tokenizer(load_tokenizer(path)))
 
 
 async def conversations(subject: Subject) -> list[list[Prompt]]:
     """The prompts of chats of eight turns, with the answers that the engine gives."""
-    async with running(subject.adapted, subject.inventory, WITH) as engine:
+    async with running(subject.models[0], subject.inventory, WITH) as engine:
         return [await _conversation(engine, subject, topic) for topic in TOPICS]
 
 
@@ -121,42 +124,67 @@ def questions(subject: Subject) -> list[Prompt]:
     ]
 
 
-async def one_by_one(
-    engine: EmbeddedEngine, task: TaskVersion, prompts: Sequence[Prompt]
-) -> list[float]:
-    """Seconds to the first token of each prompt but the first, sent one after another."""
-    found = [await first_token(engine, prompt, ANSWER_TOKENS, task) for prompt in prompts]
-    return [each.seconds for each in found[1:]]
+@dataclass(frozen=True)
+class Engines:
+    """Both engines, started, and the task that is asked; `salt` gives a round its own cache."""
+
+    both: tuple[EmbeddedEngine, EmbeddedEngine]  # with the cache, without it
+    task: TaskVersion
+    number: int  # of the round
+    salt: str
+
+    async def seconds(self, engine: EmbeddedEngine, prompt: Prompt) -> float:
+        """Seconds to the first token."""
+        found = await first_token(engine, prompt, ANSWER_TOKENS, self.task, self.salt)
+        return found.seconds
+
+    def in_turn(self, number: int) -> Sequence[int]:
+        """The engines in an order that changes from round to round, and from one to the next."""
+        return (0, 1) if (self.number + number) % 2 else (1, 0)
 
 
-async def at_once(
-    engine: EmbeddedEngine, task: TaskVersion, prompts: Sequence[Prompt]
-) -> list[float]:
-    """Seconds to the first token of each prompt but the first, sent together."""
-    found = await asyncio.gather(
-        *(first_token(engine, prompt, ANSWER_TOKENS, task) for prompt in prompts)
-    )
-    return [each.seconds for each in found[1:]]
+Pairs = list[tuple[float, float]]
+Times = Callable[[Engines, Sequence[Prompt]], Awaitable[Pairs]]
 
 
-Times = Callable[[EmbeddedEngine, TaskVersion, Sequence[Prompt]], Awaitable[list[float]]]
+async def one_by_one(engines: Engines, prompts: Sequence[Prompt]) -> Pairs:
+    """The times of each prompt but the first, sent one after another."""
+    found: Pairs = []
+    for number, prompt in enumerate(prompts):
+        pair = [0.0, 0.0]
+        for which in engines.in_turn(number):
+            pair[which] = await engines.seconds(engines.both[which], prompt)
+        found.append((pair[0], pair[1]))
+    return found[1:]
+
+
+async def at_once(engines: Engines, prompts: Sequence[Prompt]) -> Pairs:
+    """The times of each prompt but the first, sent together."""
+    found: list[list[float]] = [[], []]
+    for which in engines.in_turn(0):
+        seconds = (engines.seconds(engines.both[which], prompt) for prompt in prompts)
+        found[which] = await asyncio.gather(*seconds)
+    return list(zip(*found, strict=True))[1:]
 
 
 async def compare(
     subject: Subject, times: Times, chats: Sequence[Sequence[Prompt]], rounds: int
 ) -> dict[str, Any]:
     """The times with the cache and without, and their ratios, over all clients and rounds."""
-    found: dict[EmbeddedConfig, list[float]] = {WITH: [], WITHOUT: []}
-    for number in range(rounds):
-        for config in (WITH, WITHOUT) if number % 2 else (WITHOUT, WITH):
-            async with running(subject.adapted, subject.inventory, config) as engine:
-                for prompts in chats:
-                    found[config] += await times(engine, subject.task, prompts)
-    ratios = [one / other for one, other in zip(found[WITH], found[WITHOUT], strict=True)]
-    low, ratio, high = (round(each, 3) for each in statistics.quantiles(ratios))
+    found: Pairs = []
+    async with (
+        running(subject.models[0], subject.inventory, WITH) as cached,
+        running(subject.models[1], subject.inventory, WITHOUT) as plain,
+    ):
+        for number in range(rounds):
+            engines = Engines((cached, plain), subject.task, number, f"round {number}")
+            for prompts in chats:
+                found += await times(engines, prompts)
+    ratios = statistics.quantiles(one / other for one, other in found)
+    low, ratio, high = (round(each, 3) for each in ratios)
     return {
-        "first_token_ms_with": round(1e3 * statistics.median(found[WITH]), 1),
-        "first_token_ms_without": round(1e3 * statistics.median(found[WITHOUT]), 1),
+        "first_token_ms_with": round(1e3 * statistics.median(one for one, _ in found), 1),
+        "first_token_ms_without": round(1e3 * statistics.median(other for _, other in found), 1),
         "with_over_without": ratio,
         "quartiles": (low, high),
         "passed": ratio <= MOST_TIME,
@@ -170,7 +198,7 @@ async def unlike(subject: Subject, rounds: int) -> dict[str, Any]:
     for into in turns.rounds(rounds):
         for name, config in contenders.items():
             small = replace(config, kv_cache_tokens=HELD_TOKENS)
-            async with running(subject.adapted, subject.inventory, small) as engine:
+            async with running(subject.models[0], subject.inventory, small) as engine:
                 rates = []
                 for _ in range(BATCHES):
                     prompts = torch.randint(100, 40000, UNLIKE, generator=generator).tolist()

@@ -15,18 +15,17 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from sqlalchemy import Engine
 
-from polyrex.server.registry.archive import check
+from polyrex.server.registry.archive.checking import check
 from polyrex.server.registry.database import Database
 from reliability.result import Result
 from support.reliability.client import LOST, Client
 from support.reliability.engines import DIGITS
 from support.reliability.fork_server import Forked, ForkServer
 from support.reliability.ledger import Examiner, Ledger, reading
-from support.reliability.small_base import Routers, SmallBase
+from support.reliability.small_base import Routers
 
 TASKS = 40
 CLIENTS = 4
@@ -42,7 +41,7 @@ class _Run:
     """One registry, its server in many lives, and its clients."""
 
     url: str
-    server: ForkServer
+    forks: ForkServer
     routers: Routers
     defects: Defects
     random: random.Random = field(default_factory=lambda: random.Random(0))
@@ -55,7 +54,7 @@ class _Run:
         """Start the server; sometimes it is killed before it is ready, and started again."""
         while True:
             began = time.perf_counter()
-            life = self.server.start(self.url, defects=self.defects, keep_versions=KEPT_VERSIONS)
+            life = self.forks.start(self.url, defects=self.defects, keep_versions=KEPT_VERSIONS)
             if self.random.random() > 0.1 or not self.ledger.sent:
                 life.wait_until_ready()
                 self.starts.append(time.perf_counter() - began)
@@ -103,15 +102,15 @@ class _Run:
 
 
 def kills(
-    small: SmallBase, folder: Path, url: str, *, kills: int, acknowledged: int, defects: Defects = ()
+    forks: ForkServer, url: str, *, kills: int, acknowledged: int, defects: Defects = ()
 ) -> Result:
     """Kill the server so many times, while at least so many registrations are acknowledged.
 
-    `url`: an empty registry. `folder`: for the server's output.
+    `url`: an empty registry.
     """
     started = time.perf_counter()
-    with ForkServer(small, folder) as server, reading(url) as engine:
-        run = _Run(url, server, Routers(small.read_inventory()), defects)
+    with reading(url) as engine:
+        run = _Run(url, forks, Routers(forks.small.read_inventory()), defects)
         examiner = Examiner(run.ledger)
         for number in range(kills):
             life = run.start()
@@ -128,7 +127,7 @@ def kills(
         examiner.read_bytes(engine)
         life.close()
     kept = Database(url)
-    findings = [str(finding) for finding in check(kept)]
+    findings = check(kept)
     kept.close()
     seconds = time.perf_counter() - started
     return _result(run, examiner, findings, kills + run.early_kills, seconds)

@@ -1,4 +1,4 @@
-"""A registry of 100,000 tasks beside one of 10: memory, start, /metrics, first tokens, registration.
+"""A registry of 100,000 tasks beside one of 10: what the many of them cost.
 
 Both registries have a server of the same layout: forked from one process, with the embedded engine
 on a tiny model, on which whatever the registry costs shows most. They take turns, so that a figure
@@ -137,7 +137,7 @@ def _side(forks: ForkServer, url: str, count: int, defects: Sequence[str]) -> It
 
 
 def many_tasks(
-    small: SmallBase,
+    forks: ForkServer,
     folder: Path,
     *,
     count: int,
@@ -146,14 +146,14 @@ def many_tasks(
 ) -> Result:
     """Compare a registry of so many tasks with one of 10; the defects are those of the large one.
 
-    `timed`: also measure times, which says something on a quiet machine alone.
+    `folder`: an empty one, for the registries. `timed`: also measure times, which says something
+    on a quiet machine alone.
     """
     urls = {size: f"sqlite:///{folder / str(size)}/registry.db" for size in (FEW, count)}
     for size, url in urls.items():
         (folder / str(size)).mkdir(mode=0o700)
-        fill(small, url, size)
+        fill(forks.small, url, size)
     with (
-        ForkServer(small, folder) as forks,
         _side(forks, urls[FEW], FEW, ()) as few,
         _side(forks, urls[count], count, defects) as many,
     ):
@@ -163,7 +163,7 @@ def many_tasks(
                 _page_through(client)
         figures, at_most = _sizes(few, many, count)
         if timed:
-            found, limits = _times(few, many, Routers(small.read_inventory()))
+            found, limits = _times(few, many, Routers(forks.small.read_inventory()))
             figures |= found
             at_most |= limits
     return Result(
@@ -184,9 +184,7 @@ def _sizes(few: _Side, many: _Side, count: int) -> tuple[dict[str, float], dict[
     return figures, {"memory in MiB": MEBIBYTES * count / 100_000, "/metrics in KiB": 256}
 
 
-def _times(
-    few: _Side, many: _Side, make: Routers
-) -> tuple[dict[str, float], dict[str, float]]:
+def _times(few: _Side, many: _Side, make: Routers) -> tuple[dict[str, float], dict[str, float]]:
     with few.server.client() as one, many.server.client() as two:
         ratios = _first_token_ratios((one, few.names), (two, many.names))
         scrapes = [_seconds_of_metrics(two) for _ in range(20)]

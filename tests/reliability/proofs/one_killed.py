@@ -11,13 +11,12 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from reliability.result import Result
 from support.reliability.client import LOST, RefusedError
 from support.reliability.fork_server import Forked, ForkServer
 from support.reliability.ledger import Examiner, Ledger, lose, reading
-from support.reliability.small_base import Routers, SmallBase
+from support.reliability.small_base import Routers
 
 from .references import PROMPT, TOKENS, Reference, references
 
@@ -39,6 +38,13 @@ class _Run:
     wrong: list[str] = field(default_factory=list)  # what failed on the replica that lives on
     broken: int = 0  # what failed on the killed one
     over: threading.Event = field(default_factory=threading.Event)
+
+    def prepare(self) -> None:
+        """Register the task that answers, and wait until both replicas serve it."""
+        self.ledger.send(ANSWERED, self.reference.router)
+        with self.replicas[0].client() as one, self.replicas[1].client() as two:
+            revision = one.put(ANSWERED, self.reference.router).revision
+            two.complete(ANSWERED, 1, PROMPT, {"x-polyrex-min-revision": str(revision)})
 
     def threads(self) -> list[threading.Thread]:
         """The clients."""
@@ -89,23 +95,23 @@ class _Run:
             time.sleep(0.01)
 
 
-def one_killed(
-    small: SmallBase, folder: Path, url: str, *, registrations: int, forget: int = 0
-) -> Result:
+def one_killed(forks: ForkServer, url: str, *, registrations: int, forget: int = 0) -> Result:
     """Kill the first of two replicas in the middle of so many registrations.
 
     `url`: an empty registry on PostgreSQL. `forget`: a planted defect, so many of the newest
     versions are deleted from the database before it is examined.
     """
     with (
-        ForkServer(small, folder) as server,
-        server.serving(url, engine="embedded") as first,
-        server.serving(url, engine="embedded") as second,
+        forks.serving(url, engine="embedded") as first,
+        forks.serving(url, engine="embedded") as second,
     ):
-        run = _Run((first, second), Routers(small.read_inventory()), references(small, 1)[0], first)
-        with first.client() as client:
-            client.put(ANSWERED, run.reference.router)
-        run.ledger.send(ANSWERED, run.reference.router)
+        run = _Run(
+            (first, second),
+            Routers(forks.small.read_inventory()),
+            references(forks.small, 1)[0],
+            first,
+        )
+        run.prepare()
         threads = run.threads()
         for thread in threads:
             thread.start()
@@ -116,12 +122,12 @@ def one_killed(
         run.over.set()
         for thread in threads:
             thread.join()
-        examiner, served = _examine(run, server, url, forget)
+        examiner, served = _examine(run, forks, url, forget)
         after = run.answers.count(second) - before[1]
     return _result(run, examiner, served, after)
 
 
-def _examine(run: _Run, server: ForkServer, url: str, forget: int) -> tuple[Examiner, int]:
+def _examine(run: _Run, forks: ForkServer, url: str, forget: int) -> tuple[Examiner, int]:
     """The database against the ledger; how many tasks a replica that starts now serves as well."""
     examiner = Examiner(run.ledger)
     with reading(url) as engine:
@@ -129,7 +135,7 @@ def _examine(run: _Run, server: ForkServer, url: str, forget: int) -> tuple[Exam
         examiner.follow(engine)
         examiner.read_bytes(engine)
     served = 0
-    with server.serving(url) as third:
+    with forks.serving(url) as third:
         for replica in (run.replicas[1], third):
             with replica.client() as client:
                 for task, (version, sha256) in examiner.current.items():

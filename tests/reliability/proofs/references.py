@@ -59,4 +59,3 @@ def _greedy(plain: PlainModel, task: TaskVersion) -> tuple[int, ...]:
             return ()
         tokens += (int(indices[0]),)
     return tokens[len(PROMPT) :]
-

@@ -6,8 +6,8 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from reliability.result import Result
@@ -19,7 +19,9 @@ SECONDS = 120
 
 
 @contextmanager
-def _serve(small: SmallBase, folder: Path, output: Path) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+def _serve(
+    small: SmallBase, folder: Path, output: Path
+) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     """A server process, and its port; the context ends it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -88,12 +90,11 @@ def two_servers(small: SmallBase, folder: Path, *, same_folder: bool = True) -> 
 
 def _second(small: SmallBase, tasks: Path, output: Path) -> tuple[bool, bool]:
     """Whether a second server ended with an error, and whether its message names the database."""
-    with _serve(small, tasks, output) as (port, process):
-        with Client(port) as client:
-            while process.poll() is None:
-                try:
-                    if client.send("GET", "/readyz").status == 200:
-                        return False, False
-                except LOST:
-                    time.sleep(0.1)
+    with _serve(small, tasks, output) as (port, process), Client(port) as client:
+        while process.poll() is None:
+            try:
+                if client.send("GET", "/readyz").status == 200:
+                    return False, False
+            except LOST:
+                time.sleep(0.1)
     return process.returncode != 0, "registry.db" in output.read_text()

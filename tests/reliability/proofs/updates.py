@@ -13,12 +13,10 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from reliability.result import Result
 from support.reliability.client import Client
 from support.reliability.fork_server import Forked, ForkServer
-from support.reliability.small_base import SmallBase
 
 from .references import PROMPT, TOKENS, Reference, references
 
@@ -124,8 +122,7 @@ class _Run:
 
 
 def updates(
-    small: SmallBase,
-    folder: Path,
+    forks: ForkServer,
     url: str,
     *,
     updates: int,
@@ -138,11 +135,10 @@ def updates(
     `url`: an empty registry on PostgreSQL. `routers`: how many different ones take turns. `within`:
     seconds in which a replica has to learn what happened on the other.
     """
-    known = references(small, routers)
+    known = references(forks.small, routers)
     with (
-        ForkServer(small, folder) as server,
-        server.serving(url, engine="embedded", defects=defects) as first,
-        server.serving(url, engine="embedded", defects=defects) as second,
+        forks.serving(url, engine="embedded", defects=defects) as first,
+        forks.serving(url, engine="embedded", defects=defects) as second,
     ):
         run = _Run((first, second), known)
         with first.client() as one, second.client() as two:

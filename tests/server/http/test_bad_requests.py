@@ -153,11 +153,12 @@ def test_neutral_values_of_what_is_not_offered_are_taken(served: Served) -> None
 
 def test_unknown_task_is_404(served: Served) -> None:
     body = {"prompt": "Hello", "task": "nobody"}
-    check_refused(served, "/v1/completions", body, 404, "nobody")
+    check_refused(served, "/v1/completions", body, 404, "no such task")
 
 
 def test_unknown_model_is_404(served: Served) -> None:
-    check_refused(served, "/v1/chat/completions", CHAT | {"model": "nobody"}, 404, "nobody")
+    body = CHAT | {"model": "nobody"}
+    check_refused(served, "/v1/chat/completions", body, 404, "no such model or task", "base")
 
 
 def test_model_and_task_that_differ_are_400(served: Served) -> None:

@@ -7,11 +7,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 
 from polyrex.server.errors import EngineError
 from support.fake_server import FakeEngine, Serve, Served
+from support.tenants.identities import bearer, make_key, make_tenant
 
 from .test_completions import events
 
@@ -141,3 +143,20 @@ def test_metrics_count_requests_without_labels_of_the_clients_making(served: Ser
     assert 'polyrex_http_requests_total{method="other",route="none",status="404"} 1.0' in text
     assert "no-such-task" not in text
     assert "made/up" not in text
+
+
+def test_a_tenant_that_floods_does_not_keep_others_out(serve: Serve) -> None:
+    served = serve(FakeEngine(hang=True), max_in_flight=4)
+    make_tenant(served.client, "acme", concurrent=2)
+    acme = bearer(make_key(served.client, "acme", "inference"))
+    with send(served, {"prompt": "x", "n": 1}):  # somebody else's
+        eventually(lambda: len(served.engine.running) == 1)
+        with ExitStack() as flood:
+            for _ in range(8):
+                body = {"prompt": "x", "max_tokens": 5}
+                flood.enter_context(send(served, body, **acme))
+            eventually(lambda: len(served.engine.running) == 3)
+            refused = served.client.post("/v1/completions", json=body, headers=acme)
+            served.engine.hang = False
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+            assert served.complete().status_code == 200

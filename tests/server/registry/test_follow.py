@@ -6,10 +6,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import delete, event, text, update
+from sqlalchemy import Connection, delete, event, text, update
+from sqlalchemy.exc import OperationalError
 
 from polyrex.adapters.errors import TaskExists, UnknownTask
 from polyrex.adapters.files.inventory import Inventory
@@ -49,6 +50,13 @@ def replicas(pair: list[TaskRegistry]) -> list[TaskRegistry]:
     for registry in pair:
         registry.start()
     return pair
+
+
+def fail_to_commit(connection: Connection) -> None:
+    """What happens in place of a commit: the transaction is undone, and the driver says so."""
+    driver: Any = connection.connection.driver_connection
+    driver.rollback()
+    raise OperationalError("COMMIT", {}, Exception("no space is left"))
 
 
 def test_change_of_one_server_is_served_by_the_other(
@@ -172,15 +180,11 @@ def test_change_that_fails_is_not_in_the_index(
     registry: TaskRegistry, make_small_router: MakeRouter
 ) -> None:
     first = registry.register(OPERATOR, "boolq", make_small_router(0))
-
-    def fail(*_: object) -> None:
-        raise StorageError("the commit fails")
-
     engine = registry.database.engine
-    event.listen(engine, "commit", fail)
+    event.listen(engine, "commit", fail_to_commit)
     with pytest.raises(StorageError):
         registry.register(OPERATOR, "boolq", make_small_router(1), replace=True)
-    event.remove(engine, "commit", fail)
+    event.remove(engine, "commit", fail_to_commit)
     assert registry.pin(OPERATOR, "boolq").info.version == 1
     registry.catch_up()
     assert registry.find(OPERATOR, "boolq") == first.task
@@ -225,16 +229,13 @@ def test_server_notices_that_its_database_works_again(
     if engine_of == "postgresql":
         url = request.getfixturevalue("postgres_url")
     with closing(TaskRegistry(Database(url), small_inventory)) as registry:
-        registry.start()
-
-        def fail(*_: object) -> None:
-            raise StorageError("the disk is full")
-
-        event.listen(registry.database.engine, "commit", fail)
+        engine = registry.database.engine
+        event.listen(engine, "commit", fail_to_commit)
         with pytest.raises(StorageError):
             registry.register(OPERATOR, "boolq", make_small_router(0))
         assert not registry.database.health.ok
-        event.remove(registry.database.engine, "commit", fail)
+        event.remove(engine, "commit", fail_to_commit)
+        registry.start()
         pause = threading.Event()
         for _ in range(int(PATIENCE / 0.05)):
             if registry.database.health.ok:

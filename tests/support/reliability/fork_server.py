@@ -76,6 +76,7 @@ class ForkServer:
 
     def __init__(self, small: SmallBase, folder: Path) -> None:
         """`folder`: where the servers' output goes."""
+        self.small = small
         self._folder = folder
         self._started = 0
         self._process = subprocess.Popen(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 UNKNOWN = math.inf
@@ -37,14 +37,28 @@ class Operation:
     returned: float = UNKNOWN
 
 
-def lenient(history: Iterable[Operation], seconds: float) -> list[Operation]:
-    """The history in which a get may return what the register held so many seconds ago."""
-    return [
-        replace(operation, called=operation.called - seconds)
-        if operation.kind is Kind.get
-        else operation
-        for operation in history
-    ]
+def too_old(history: Sequence[Operation], seconds: float) -> list[Operation]:
+    """The gets that return what a register held no more, more than so many seconds before.
+
+    No search is needed where every put has a value of its own.
+    """
+    writes = [operation for operation in history if operation.kind is not Kind.get]
+    gets = [operation for operation in history if operation.kind is Kind.get]
+    return [get for get in gets if not _could_be_read(get, writes, seconds)]
+
+
+def _could_be_read(get: Operation, writes: Iterable[Operation], seconds: float) -> bool:
+    of_key = [write for write in writes if write.key == get.key]
+    at_first = Operation(get.key, Kind.drop, None, -math.inf, -math.inf)
+    return any(
+        write.value == get.value
+        and write.called <= get.returned
+        and not any(
+            later.called > write.returned and later.returned < get.called - seconds
+            for later in of_key
+        )
+        for write in (at_first, *of_key)
+    )
 
 
 def violations(history: Iterable[Operation]) -> list[str]:

@@ -36,7 +36,7 @@ from support.tenants.identities import (
     revoke,
 )
 
-DOCS = Path(__file__).parents[3] / "docs" / "tenants.md"
+DOCS = Path(__file__).parents[4] / "docs" / "tenants.md"
 ROUTES = sorted(ACCESS)
 HOSTS = (
     "localhost",
