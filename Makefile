@@ -13,7 +13,7 @@ export POLYREX_CACHE ?= $(CURDIR)/.cache
 export HF_HUB_OFFLINE := 1
 
 .PHONY: serve serve-vllm style check test test-vllm-full bench bench-vllm bench-train bench-fit bench-intuition \
-	bench-compress fit-gain study train examples clean triton-table gpu gpu-bundle
+	bench-compress fit-gain study reliability train examples clean triton-table gpu gpu-bundle
 
 serve: $(BIN)/.installed
 	@$(BIN)/polyrex serve $(ARGS)
@@ -94,6 +94,11 @@ bench-compress: $(BIN)/.vllm
 	  $(BENCH).compress.scores --data training/rows --loras .cache/loras --compressed .cache/compressed/$$rank --work .cache/study || exit 1; \
 	done
 	@$(BENCH).vllm.compressed --loras .cache/loras --compressed .cache/compressed/64 .cache/compressed/32 .cache/compressed/16 --out tests/results/compress.json $(ARGS)
+
+# Every promise of the registry at full length, with planted defects that must be found; hours, and
+# goes on where it stopped. ARGS="--only updates,ray" runs some of them.
+reliability: $(BIN)/.vllm
+	@PYTHONPATH=tests PYTHONSAFEPATH=1 $(BIN)/python -m reliability.run $(ARGS)
 
 train: $(BIN)/.installed
 	@$(BIN)/polyrex train $(ARGS)

@@ -100,7 +100,7 @@ def write_inventory(
     whether one without a fingerprint was made for these weights. Raises TensorMismatch where a
     value is not finite in `dtype`.
     """
-    base: BaseIdentity = getattr(adapted, "made_for", None) or identify(adapted.model)
+    base = adapted.made_for or identify(adapted.model)
     tensors = {
         name: cast_finite(parameter.detach().cpu(), dtype, f"{path}: tensor {name}")
         for name, parameter in _tensors(adapted).items()
@@ -155,8 +155,7 @@ def load_experts(inventory: Inventory, model: nn.Module) -> AdaptedModel:
         raise BaseModelMismatch(f"{inventory.path}: {error}") from error
     for layer, found in zip(adapted.layers, experts, strict=True):
         layer.experts = found.to(layer.base.weight.device)
-    loaded: Any = adapted
-    loaded.made_for = inventory.base
+    adapted.made_for = inventory.base
     return adapted
 
 

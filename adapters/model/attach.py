@@ -21,6 +21,7 @@ from polyrex.adapters.spec import AdapterSpec, TargetModule
 from polyrex.kernels.routing import StepRouting
 from polyrex.kernels.step_plan import Planner
 
+from .base_model import BaseIdentity
 from .intuition import Intuition
 from .packed_linear import PackedLinear, PackedMember, pack_projections
 from .routed_linear import AddByStep, AddComposed, RoutedLinear, add_served
@@ -48,6 +49,7 @@ class AdaptedModel:
         self.targets = targets
         self.layers = layers
         self.intuition = intuition
+        self.made_for: BaseIdentity | None = None  # as the experts' file says, if they have one
         self._prepared: list[Operands] | None = None
         self._packed: tuple[PackedLinear, ...] = ()
         # Of all engines that are made for this model, so that each can run it after another has.

@@ -269,7 +269,12 @@ def _purge(change: Change, task_id: int) -> None:
     delete_versions(change.connection, task_id, numbers)
     for table in (aliases, shares, idempotency):
         execute(delete(table).where(table.c.task_id == task_id))
-    gone = {"current_version": None, "canary_version": None, "canary_share": None, "labels": {}}
+    gone: dict[str, Any] = {
+        "current_version": None,
+        "canary_version": None,
+        "canary_share": None,
+        "labels": {},
+    }
     revision = change.record("purge", "task", task_id)
     execute(update(tasks).where(tasks.c.id == task_id).values(**gone, changed=revision))
 

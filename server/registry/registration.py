@@ -140,7 +140,8 @@ def _add_version(change: Change, tenant: Row[Any], row: TaskRow, wanted: Registr
     digest = bytes.fromhex(wanted.router.sha256)
     connection.execute(insert(versions), version_row(row.id, number, wanted))
     changed = change.record("register", "task", row.id, version=number, router_sha256=digest)
-    values = {"current_version": number, "last_version": number, "changed": changed}
+    values: dict[str, Any] = {"current_version": number, "last_version": number}
+    values["changed"] = changed
     if wanted.labels is not None:
         values["labels"] = dict(wanted.labels)
     connection.execute(update(tasks).where(tasks.c.id == row.id).values(values))
@@ -254,9 +255,8 @@ def _registered(connection: Connection, task_id: int, number: int, *, created: b
     task = load_task(connection, task_id)
     if task is None:
         raise LookupError
-    version = task.current
-    if version.version != number:
-        version = load_version(connection, task_id, number)
+    is_current = task.current.version == number
+    version = task.current if is_current else load_version(connection, task_id, number)
     if version is None:
         raise LookupError
     return Registered(task, version, created)

@@ -96,7 +96,9 @@ class Sampling(OnlyNeutral):
     cache_salt: Annotated[Text, Field(min_length=1, max_length=256)] | None = Field(
         None, description="only requests with the same salt share cached prefixes with this one"
     )
-    user: Text | None = Field(None, description="accepted, and not used")
+    user: Text | None = Field(
+        None, description="the same user gets the same version of a task with a canary"
+    )
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> Sampling:

@@ -16,10 +16,13 @@ from support.reliability.planted import (
 )
 
 from .ground import Ground
+from .proofs.borrowed import access, prefix_cache, ray
+from .proofs.faults import disk_faults
 from .proofs.history import history
 from .proofs.kills import kills
 from .proofs.many_tasks import many_tasks
 from .proofs.one_killed import one_killed
+from .proofs.tenants import cached_prefixes, guesses, times_of_prefixes
 from .proofs.two_servers import two_servers
 from .proofs.updates import updates
 from .result import Result
@@ -104,9 +107,19 @@ def _many_tasks(ground: Ground, count: int, *defects: str, timed: bool) -> Resul
     return many_tasks(ground.forks, ground.folder(), count=count, timed=timed, defects=defects)
 
 
+def _faults(error: str) -> Proof:
+    return Proof(
+        lambda ground: disk_faults(ground.folder(), error=error, syncs=200),
+        lambda ground: disk_faults(ground.folder(), error=error, syncs=10, settling=False),
+        "failed transactions stay in SQLite's log, from which a restart would take them",
+    )
+
+
 PROOFS = {
     "kills-sqlite": _killed("sqlite"),
     "kills-postgresql": _killed("postgresql"),
+    "faults-eio": _faults("EIO"),
+    "faults-enospc": _faults("ENOSPC"),
     "two-servers": Proof(
         partial(_two_servers, same_folder=True),
         partial(_two_servers, same_folder=False),
@@ -141,6 +154,36 @@ PROOFS = {
         partial(_many_tasks, count=100_000, timed=True),
         lambda ground: _many_tasks(ground, 10_000, HOARDING, LABELLED, timed=False),
         "8 KiB of memory and a line of /metrics for each task",
+    ),
+    "guesses": Proof(
+        lambda ground: guesses(ground.small, ground.folder(), count=5000),
+        lambda ground: guesses(ground.small, ground.folder(), count=500, open_index=True),
+        "the index does not look at who asks",
+    ),
+    "cached-prefixes": Proof(
+        lambda ground: cached_prefixes(ground.small, pairs=20_000, salts=5000),
+        lambda ground: cached_prefixes(ground.small, pairs=200, salts=50, same_salt=True),
+        "the salt of the prefix cache forgets the tenant",
+    ),
+    "times-of-prefixes": Proof(
+        lambda _: times_of_prefixes(rounds=500),
+        lambda _: times_of_prefixes(rounds=100, same_salt=True),
+        "the salt of the prefix cache forgets the tenant",
+    ),
+    "access": Proof(
+        lambda ground: access(ground.folder()),
+        lambda ground: access(ground.folder(), plugins=["reliability.plugins.open_routes"]),
+        "every role may use every route",
+    ),
+    "prefix-cache": Proof(
+        lambda ground: prefix_cache(ground.folder()),
+        lambda ground: prefix_cache(ground.folder(), without=True),
+        "the engine with a prefix cache has none",
+    ),
+    "ray": Proof(
+        lambda ground: ray(ground.folder()),
+        lambda ground: ray(ground.folder(), plugins=["reliability.plugins.losing_kill"]),
+        "the newest task is lost when the replica is killed",
     ),
 }
 """Name -> proof, in the order in which they run."""

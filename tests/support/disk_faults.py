@@ -1,8 +1,8 @@
 """System calls that fail on the files of a registry in SQLite, and what the registry makes of it.
 
 A run forks a server that makes a few changes while one call fails, notes what it says of each, and
-kills itself as by kill -9. Then the file is opened again: what was acknowledged has to be there, and
-what was refused must not.
+kills itself as by kill -9. Then the file is opened again: what was acknowledged has to be there,
+and what was refused must not.
 
     python -m support.disk_faults --syncs 200 --writes 1000
 """
@@ -44,10 +44,10 @@ _EVERY = 1 << 40  # calls: that one and all after it
 class Sweep:
     """What is tried, with a failing call of each number in `calls`."""
 
-    kind: str = "sync"
-    error: str = "EIO"
-    calls: tuple[int, ...] = tuple(range(1, 31))
-    changes: int = 12
+    kind: str
+    error: str
+    calls: Sequence[int]
+    changes: int
     lasting: bool = False
     """Every later call fails, too."""
     from_start: bool = False
@@ -92,26 +92,27 @@ def build_shim(folder: Path) -> Path | None:
     if compiler is None:
         return None
     library = folder / "disk_faults.so"
-    options = ["-shared", "-fPIC", "-O2", "-Wall", "-Werror", "-o", library]
-    subprocess.run([compiler, *options, _SOURCE, "-ldl"], check=True)
+    options = ["-shared", "-fPIC", "-O2", "-Wall", "-Werror", "-o", str(library)]
+    subprocess.run([compiler, *options, str(_SOURCE), "-ldl"], check=True)
     return library
 
 
-def run_fault_sweep(folder: Path, shim: Path, sweep: Sweep) -> Result:
-    """Run a sweep in a folder, in a process of its own."""
+def run_fault_sweeps(folder: Path, shim: Path, sweeps: Sequence[Sweep]) -> list[Result]:
+    """Run sweeps in a folder, in a process of their own."""
     control = folder / "faults"
     control.write_bytes(bytes(_FAULTS.size))
     path = os.pathsep.join([str(_SOURCE.parent.parent), os.environ.get("PYTHONPATH", "")])
     settings = {"LD_PRELOAD": str(shim), "DISK_FAULTS": str(control), "PYTHONPATH": path}
+    asked = json.dumps([asdict(sweep) for sweep in sweeps])
     done = subprocess.run(
-        [sys.executable, "-m", "support.disk_faults", "--sweep", json.dumps(asdict(sweep)), folder],
+        [sys.executable, "-m", "support.disk_faults", "--sweeps", asked, folder],
         env=os.environ | settings,
         capture_output=True,
         text=True,
     )
     if done.returncode:
         raise RuntimeError(done.stderr)
-    return Result(**json.loads(done.stdout.splitlines()[-1]))
+    return [Result(**json.loads(line)) for line in done.stdout.splitlines()]
 
 
 def main() -> None:
@@ -119,21 +120,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--syncs", type=int, default=200, help="the last of those that fail")
     parser.add_argument("--writes", type=int, default=1000, help="the last of those that fail")
-    parser.add_argument("--sweep", help=argparse.SUPPRESS)
+    parser.add_argument("--sweeps", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("folder", nargs="?", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.sweep:  # this process has the shim
-        values = json.loads(arguments.sweep)
-        sweep = Sweep(**values | {"calls": tuple(values["calls"])})
-        print(json.dumps(asdict(_run(arguments.folder, sweep))))
+    if arguments.sweeps is not None:  # this process has the shim
+        _run(arguments.folder, [Sweep(**each) for each in arguments.sweeps])
         return
-    total = Result()
     with tempfile.TemporaryDirectory() as name:
         shim = build_shim(Path(name))
         if shim is None:
             raise SystemExit("gcc is not installed")
-        for sweep in every_sweep(arguments.syncs, arguments.writes):
-            total += run_fault_sweep(Path(name), shim, sweep)
+        sweeps = every_sweep(arguments.syncs, arguments.writes)
+        total = sum(run_fault_sweeps(Path(name), shim, sweeps), Result())
     print(json.dumps(asdict(total) | {"sound": total.sound}))
 
 
@@ -149,18 +147,21 @@ def every_sweep(syncs: int, writes: int) -> list[Sweep]:
     # A change makes one sync, and more than ten writes.
     lengths = {"sync": (syncs, syncs), "write": (writes, writes // 10 + 1)}
     return [
-        Sweep(kind, error, tuple(range(1, last + 1)), changes, **mode)
+        Sweep(kind, error, list(range(1, last + 1)), changes, **mode)
         for kind, (last, changes) in lengths.items()
         for error in ERRORS
         for mode in modes
     ]
 
 
-def _run(folder: Path, sweep: Sweep) -> Result:
+def _run(folder: Path, sweeps: Sequence[Sweep]) -> None:
+    """Print the result of each sweep as a line."""
     # Most runs begin with a copy of one registry: creating it takes longer than all the rest.
     Database(_url(folder / "new")).close()
     with (folder / "faults").open("r+b") as file, mmap(file.fileno(), _FAULTS.size) as faults:
-        return sum((_run_once(folder, faults, sweep, call) for call in sweep.calls), Result())
+        for sweep in sweeps:
+            runs = (_run_once(folder, faults, sweep, call) for call in sweep.calls)
+            print(json.dumps(asdict(sum(runs, Result()))), flush=True)
 
 
 def _run_once(folder: Path, faults: mmap, sweep: Sweep, call: int) -> Result:

@@ -129,7 +129,6 @@ def serving(
     **changes: Any,
 ) -> Iterator[Served]:
     """Run a server while the context lasts; `changes` are fields of ServerConfig."""
-    folder.mkdir(parents=True, exist_ok=True)
     registry = TaskRegistry(Database(f"sqlite:///{folder / 'registry.db'}"), inventory)
     config = replace(ServerConfig(model="base"), drain_seconds=1, **changes)
     app = create_app(config, engine, registry, tokenizer, intuition)

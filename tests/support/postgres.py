@@ -53,11 +53,11 @@ class Cluster:
         """Start the server and wait until it answers."""
         options = [part for name, value in _SETTINGS.items() for part in ("-c", f"{name}={value}")]
         # INT ends it quickly and in order, also where this process is killed.
-        command = [*self.user, "--pdeathsig=INT", self.binaries / "postgres"]
+        command = [*self.user, "--pdeathsig=INT", str(self.binaries / "postgres")]
         data = self.folder / "data"
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                [*command, "-D", data, "-p", str(self.port), *options], stdout=log, stderr=log
+                [*command, "-D", str(data), "-p", str(self.port), *options], stdout=log, stderr=log
             )
         for _ in range(600):
             if self.process.poll() is not None:

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from polyrex.adapters.files.bundle import Bundle
 from polyrex.adapters.files.inventory import Inventory, load_experts, read_inventory
-from polyrex.adapters.files.registry import TaskRegistry
 from polyrex.adapters.model.attach import AdaptedModel
 from polyrex.adapters.model.base_model import DEFAULT_BASE, load_base
 from polyrex.training.data.tasks import load_tasks
@@ -52,10 +51,9 @@ def test_it_is_tensorpoly_1_on_every_projection(inventory: Inventory) -> None:
     assert len(inventory.targets) == 7 * inventory.base.layers
 
 
-def test_it_brings_tasks_adapted_from_32_rows(inventory: Inventory, tmp_path: Path) -> None:
-    registry = TaskRegistry(tmp_path, inventory, SHIPPED / "routers")
-    assert not registry.rejected
-    tasks = registry.list(limit=100)
+def test_it_brings_tasks_adapted_from_32_rows(inventory: Inventory) -> None:
+    bundle = Bundle(inventory)
+    tasks = [bundle.task(name).info for name in bundle.tasks]
     assert len(tasks) >= 16
     few_shot = [t for t in tasks if t.provenance["trained"] == "adapted (routing)"]
     assert len(few_shot) >= 3

@@ -58,7 +58,10 @@ def _read(folder: Path, inventory: Inventory, rejected: Rejected) -> list[Regist
         try:
             check_task_name(path.stem)
             data, router = read_file(path, inventory)
-            found.append(Registration(DEFAULT_TENANT, path.stem, data, router, shipped=True))
+            wanted = Registration(
+                DEFAULT_TENANT, path.stem, data, router, replace=True, shipped=True
+            )
+            found.append(wanted)
         except (FileError, InvalidTaskName) as error:
             rejected[str(path)] = str(error)
     return found

@@ -167,9 +167,9 @@ def load_entries(
             last_version=row.last_version,
             created=row.created,
             servable=row.inventory_sha256 == inventory_sha256,
-            aliases=tuple((name, version) for _, name, version in named.get(row.id, ())),
+            aliases=tuple((alias.name, alias.version) for alias in named.get(row.id, ())),
             canary=canary,
-            shared_with=tuple(tenant for _, tenant in shared.get(row.id, ())),
+            shared_with=tuple(share.name for share in shared.get(row.id, ())),
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from polyrex.adapters.files.inventory import load_experts
 from polyrex.adapters.files.task import TaskVersion
@@ -53,8 +52,7 @@ def _greedy(plain: PlainModel, task: TaskVersion) -> tuple[int, ...]:
     """The answer; nothing where one of its tokens is a close call."""
     tokens = tuple(PROMPT)
     for _ in range(TOKENS):
-        best: Tensor = plain.logprobs(tokens, task)[-1].topk(2)
-        values, indices = best
+        values, indices = plain.logprobs(tokens, task)[-1].topk(2)
         if values[0] - values[1] < _MARGIN:
             return ()
         tokens += (int(indices[0]),)

@@ -26,8 +26,9 @@ def _serve(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
-    command = [Path(sys.executable).with_name("polyrex"), "serve", "--port", str(port)]
-    command += ["--base", small.base, "--inventory", small.inventory, "--tasks-dir", folder]
+    command = [str(Path(sys.executable).with_name("polyrex")), "serve", "--port", str(port)]
+    command += ["--base", str(small.base), "--inventory", str(small.inventory)]
+    command += ["--tasks-dir", str(folder)]
     with (
         output.open("wb") as out,
         subprocess.Popen(
@@ -66,9 +67,10 @@ def two_servers(small: SmallBase, folder: Path, *, same_folder: bool = True) -> 
         _wait_until_ready(port, first, outputs[0])
         with Client(port) as client:
             client.put("kept", routers(1))
-            second_tasks = tasks if same_folder else folder / "other"
-            refused, named = _second(small, second_tasks, outputs[1])
-            still = [client.put("kept", routers(number)).json() for number in (2, 3)]
+        refused, named = _second(small, tasks if same_folder else folder / "other", outputs[1])
+        with Client(port) as client:  # the other connection was idle for too long
+            for number in (2, 3):
+                client.put("kept", routers(number))
             shown = client.send("GET", "/v1/tasks/kept").json()
     return Result(
         goal="two servers on one SQLite folder",
@@ -76,13 +78,12 @@ def two_servers(small: SmallBase, folder: Path, *, same_folder: bool = True) -> 
         figures={
             "second servers that refused to start": int(refused),
             "messages that name the file": int(named),
-            "versions registered through the first afterwards": len(still),
-            "version that it serves": shown["version"],
+            "version that the first serves after two more": shown["version"],
         },
         at_least={
             "second servers that refused to start": 1,
             "messages that name the file": 1,
-            "version that it serves": 3,
+            "version that the first serves after two more": 3,
         },
         remarks=[outputs[1].read_text()[-1000:]],
     )

@@ -24,7 +24,7 @@ def test_a_completion_has_openais_shape(served: Served) -> None:
     assert answer["model"] == "base"
     choice = {"index": 0, "text": ",-.", "logprobs": None, "finish_reason": "length"}
     assert answer["choices"] == [choice]
-    assert answer["usage"] == {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}
+    assert answer["usage"] == usage(prompt=1, completion=3)
 
 
 def test_max_tokens_is_16_unless_told(served: Served) -> None:
@@ -58,7 +58,7 @@ def test_prompts_come_as_text_or_ids_one_or_many(
 def test_n_choices_of_a_seed_have_seeds_of_their_own(served: Served) -> None:
     answer = served.complete(prompt=["a", "b"], n=2, seed=10, max_tokens=1).json()
     assert sorted(r.sampling.seed or 0 for r in served.engine.requests) == [10, 10, 11, 11]
-    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 4, "total_tokens": 6}
+    assert answer["usage"] == usage(prompt=2, completion=4)
 
 
 def test_a_null_field_counts_as_not_given(served: Served) -> None:
@@ -159,8 +159,8 @@ def test_a_stream_counts_tokens_where_asked(served: Served) -> None:
     options = {"include_usage": True}
     *chunks, last, _ = events(served, prompt="Hello", max_tokens=3, stream_options=options)
     assert all(json.loads(chunk)["usage"] is None for chunk in chunks)
-    usage = {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}
-    assert (json.loads(last)["choices"], json.loads(last)["usage"]) == ([], usage)
+    expected = usage(prompt=1, completion=3)
+    assert (json.loads(last)["choices"], json.loads(last)["usage"]) == ([], expected)
 
 
 def test_a_streams_choices_come_at_the_same_time(served: Served) -> None:

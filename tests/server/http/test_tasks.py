@@ -244,7 +244,7 @@ def test_a_task_is_shown_with_everything_known_of_it(
 
 def test_labels_come_with_a_task_and_are_replaced(served: Served, make_router: MakeRouter) -> None:
     router = make_router(1)
-    query = [("name", "one"), ("label", "team=search"), ("label", "env=a=b")]
+    query = {"name": "one", "label": ["team=search", "env=a=b"]}
     made = served.client.post("/v1/tasks", params=query, content=router, headers=BINARY).json()
     assert made["labels"] == {"team": "search", "env": "a=b"}
     encoded = base64.b64encode(make_router(2)).decode()
@@ -271,7 +271,7 @@ def test_tasks_are_searched_by_text_and_labels(served: Served, make_router: Make
     served.client.put("/v1/tasks/two/labels", json={"team": "a", "env": "y"})
 
     def found(*query: tuple[str, str]) -> list[str]:
-        page = served.client.get("/v1/tasks", params=query).json()
+        page = served.client.get("/v1/tasks", params=httpx.QueryParams(query)).json()
         return [task["name"] for task in page["data"]]
 
     assert found(("q", "FIRST")) == ["one"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +15,11 @@ import pytest
 from polyrex.adapters.errors import MalformedFile
 from polyrex.adapters.files.examples import Example, read_examples, write_examples
 from polyrex.adapters.files.inventory import Inventory
-from polyrex.adapters.files.registry import TaskRegistry
 from polyrex.server.config import ServerConfig
 from polyrex.server.launch.examples import examples_text
+from polyrex.server.registry.database import Database
+from polyrex.server.registry.principal import OPERATOR
+from polyrex.server.registry.registry import TaskRegistry
 
 if TYPE_CHECKING:
     from support.random_inventory import MakeRouter
@@ -24,16 +28,23 @@ CONFIG = ServerConfig(model="base")
 
 
 @pytest.fixture
-def registry(tmp_path: Path, random_inventory: Inventory, make_router: MakeRouter) -> TaskRegistry:
-    found = TaskRegistry(tmp_path / "tasks", random_inventory)
-    found.register("a", make_router(1, provenance={"example_prompt": "From provenance. Answer:"}))
-    found.register("plural", make_router(2))
-    return found
+def empty(tmp_path: Path, random_inventory: Inventory) -> Iterator[TaskRegistry]:
+    database = Database(f"sqlite:///{tmp_path / 'tasks' / 'registry.db'}")
+    with closing(TaskRegistry(database, random_inventory)) as registry:
+        yield registry
+
+
+@pytest.fixture
+def registry(empty: TaskRegistry, make_router: MakeRouter) -> TaskRegistry:
+    with_prompt = make_router(1, provenance={"example_prompt": "From provenance. Answer:"})
+    empty.register(OPERATOR, "a", with_prompt)
+    empty.register(OPERATOR, "plural", make_router(2))
+    return empty
 
 
 @pytest.fixture
 def example(registry: TaskRegistry) -> Example:
-    sha256 = registry.info("plural").router_sha256
+    sha256 = registry.find(OPERATOR, "plural").current.router_sha256
     return Example("plural", sha256, "The plural?\nit's\nAnswer:", "these", "1.\n\n2.")
 
 
@@ -62,15 +73,14 @@ def test_an_example_of_another_router_or_task_is_not_claimed(
     registry: TaskRegistry, example: Example, make_router: MakeRouter
 ) -> None:
     other = replace(example, task="nobody")
-    registry.register("plural", make_router(3), replace=True)
+    registry.register(OPERATOR, "plural", make_router(3), replace=True)
     text = examples_text(CONFIG, registry, [other, example])
     assert text.startswith("curl")
     assert body(text) | {"task": "a", "prompt": "From provenance. Answer:"} == body(text)
 
 
-def test_without_tasks_the_base_model_is_asked(tmp_path: Path, random_inventory: Inventory) -> None:
-    text = examples_text(CONFIG, TaskRegistry(tmp_path, random_inventory), [])
-    assert "task" not in body(text)
+def test_without_tasks_the_base_model_is_asked(empty: TaskRegistry) -> None:
+    assert "task" not in body(examples_text(CONFIG, empty, []))
 
 
 def test_the_command_asks_for_the_key_where_one_is_needed(registry: TaskRegistry) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,13 +21,7 @@ from polyrex.server.registry.principal import OPERATOR, Principal, Role
 from polyrex.server.registry.registry import TaskRegistry
 from polyrex.server.registry.schema import tenants
 from support.random_inventory import random_adapted
-
-MakeRouter = Callable[..., bytes]
-"""`make_small_router(seed, description=...)`: a router's file."""
-OpenRegistry = Callable[..., TaskRegistry]
-"""`open_registry(inventory, keep_versions=3)`: another registry on the test's database."""
-AddTenant = Callable[..., Principal]
-"""`add_tenant(registry, "acme", tasks=5)`: a task admin of a new tenant with that quota."""
+from support.registry.makers import AddTenant, MakeRouter, OpenRegistry
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +57,7 @@ def open_registry(database_url: str, small_inventory: Inventory) -> Iterator[Ope
     """Opens registries on the test's database; they are closed at its end, or before."""
     with ExitStack() as opened:
 
-        def open_one(inventory: Inventory = small_inventory, **config: int) -> TaskRegistry:
+        def open_one(inventory: Inventory = small_inventory, **config: Any) -> TaskRegistry:
             database = Database(database_url)
             registry = TaskRegistry(database, inventory, RegistryConfig(**config))
             return opened.enter_context(closing(registry))

@@ -268,11 +268,12 @@ def test_changes_name_a_task_and_not_a_version(edits: TaskEdits, task: TaskRecor
 
 
 def test_unknown_versions_are_unknown(edits: TaskEdits, task: TaskRecord) -> None:
-    for change in (
+    changes: list[Callable[[], TaskRecord]] = [
         lambda: edits.select(OWNER, "one", 9),
         lambda: edits.set_alias(OWNER, "one", "prod", 9),
         lambda: edits.set_canary(OWNER, "one", 9, 0.5),
-    ):
+    ]
+    for change in changes:
         with pytest.raises(UnknownTask):
             change()
 

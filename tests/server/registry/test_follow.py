@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from sqlalchemy import Connection, delete, event, text, update
@@ -24,9 +24,7 @@ from polyrex.server.registry.memory.news import AuditRow
 from polyrex.server.registry.principal import OPERATOR
 from polyrex.server.registry.registry import TaskRegistry
 from polyrex.server.registry.schema import audit, state
-
-if TYPE_CHECKING:
-    from conftest import AddTenant, MakeRouter, OpenRegistry
+from support.registry.makers import AddTenant, MakeRouter, OpenRegistry
 
 PATIENCE = 20.0
 """Seconds after which a test gives up; what it waits for takes far less."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,9 +13,7 @@ from polyrex.server.registry.memory.index import Entry
 from polyrex.server.registry.principal import OPERATOR, Principal, Role
 from polyrex.server.registry.records import Canary
 from polyrex.server.registry.registry import TaskRegistry
-
-if TYPE_CHECKING:
-    from conftest import AddTenant, MakeRouter, OpenRegistry
+from support.registry.makers import AddTenant, MakeRouter, OpenRegistry
 
 CANARY = Entry(7, "default", "a", 1, 2, 0.0, True, (("prod", 1),), Canary(2, 0.25), ())
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy import func, select, update
@@ -21,9 +20,7 @@ from polyrex.server.registry.principal import OPERATOR
 from polyrex.server.registry.registry import TaskRegistry
 from polyrex.server.registry.rows import Existence
 from polyrex.server.registry.schema import audit, idempotency, routers, state
-
-if TYPE_CHECKING:
-    from conftest import AddTenant, MakeRouter, OpenRegistry
+from support.registry.makers import AddTenant, MakeRouter, OpenRegistry
 
 
 def kept(registry: TaskRegistry, name: str) -> list[int]:

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -27,9 +26,7 @@ from polyrex.server.registry.edits import TaskEdits
 from polyrex.server.registry.principal import OPERATOR
 from polyrex.server.registry.registry import TaskRegistry
 from polyrex.server.registry.schema import audit, routers
-
-if TYPE_CHECKING:
-    from conftest import MakeRouter, OpenRegistry
+from support.registry.makers import MakeRouter, OpenRegistry
 
 Damage = Callable[[TaskRegistry], None]
 

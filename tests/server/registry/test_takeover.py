@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -25,9 +25,7 @@ from polyrex.server.registry.files.takeover import TAKEN_OVER, take_over
 from polyrex.server.registry.principal import OPERATOR
 from polyrex.server.registry.registry import TaskRegistry
 from polyrex.server.registry.schema import tenants
-
-if TYPE_CHECKING:
-    from conftest import AddTenant, MakeRouter
+from support.registry.makers import AddTenant, MakeRouter
 
 Start = Callable[..., TaskRegistry]
 """`start(folder, shipped)`: a server's registry after its start; the one before it ends."""
