@@ -28,8 +28,8 @@ from polyrex.server.http.auth import read_key_digests
 from polyrex.server.launch.process import check_exposure
 from polyrex.server.launch.progress import Progress
 
-MOST_REPLICAS = 8
-"""So few that PostgreSQL's default of 100 connections is enough for all of them."""
+MOST_REPLICAS = 7
+"""Each has 13 connections at most, and PostgreSQL has 97 for all of them by default."""
 STOP_SECONDS = 10
 """What an engine may take to stop, once the requests of its replica have ended."""
 _ANYWHERE = "0.0.0.0"  # Ray's proxies listen where Serve's http_options say: it may be anywhere

@@ -110,6 +110,7 @@ class Served:
     client: httpx.Client
     engine: FakeEngine
     tasks_folder: Path
+    registry: TaskRegistry
 
     def complete(self, **body: object) -> httpx.Response:
         """POST /v1/completions."""
@@ -142,7 +143,7 @@ def serving(
         try:
             while engine.start_delay is None and not settled.is_set():
                 client.get("/livez")
-            yield Served(url, client, engine, folder)
+            yield Served(url, client, engine, folder, registry)
         finally:
             server.should_exit = True
             client.close()

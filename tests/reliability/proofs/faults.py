@@ -5,24 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 
 from reliability.result import Result
-from support.disk_faults import Sweep, build_shim, run_fault_sweep
+from support.disk_faults import Result as Found
+from support.disk_faults import Sweep, build_shim, run_fault_sweeps
 
 CHANGES = 250
 """Each change syncs at least once, so every failing sync up to 200 is reached."""
+
+_MODES: tuple[dict[str, bool], ...] = ({}, {"lasting": True}, {"until_failure": True})
+"""One sync fails; all fail from then on; one fails and the server is killed at once."""
 
 
 def disk_faults(folder: Path, *, error: str, syncs: int, settling: bool = True) -> Result:
     """Let the first sync of a run fail, then, in a run of its own, the second, and so on.
 
     `error`: EIO or ENOSPC. Without `settling`, a planted defect, failed transactions stay in
-    SQLite's log, and each server is killed after its first failure. Raises SystemExit without gcc.
+    SQLite's log. Raises SystemExit without gcc.
     """
     shim = build_shim(folder)
     if shim is None:
         raise SystemExit("gcc is not installed")
     calls = tuple(range(1, syncs + 1))
-    sweep = Sweep("sync", error, calls, CHANGES, until_failure=True, settling=settling)
-    found = run_fault_sweep(folder, shim, sweep)
+    sweeps = [Sweep("sync", error, calls, CHANGES, settling=settling, **mode) for mode in _MODES]
+    found = sum(run_fault_sweeps(folder, shim, sweeps), Found())
     wrong = {
         "acknowledged and lost": found.lost,
         "refused and there": found.invented,
@@ -41,5 +45,5 @@ def disk_faults(folder: Path, *, error: str, syncs: int, settling: bool = True) 
             **wrong,
         },
         at_most=dict.fromkeys(wrong, 0),
-        at_least={"runs in which the sync failed": syncs},
+        at_least={"runs in which the sync failed": len(_MODES) * syncs},
     )

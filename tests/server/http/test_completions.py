@@ -17,6 +17,16 @@ def replying(tokenizer: PreTrainedTokenizerBase, text: str) -> FakeEngine:
     return FakeEngine(reply=tuple(tokenizer.encode(text)), eos=True)
 
 
+def usage(*, prompt: int, completion: int, cached: int = 0) -> dict[str, object]:
+    """Token counts as a response shows them."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
 def test_a_completion_has_openais_shape(served: Served) -> None:
     answer = served.complete(max_tokens=3).json()
     assert answer["id"].startswith("cmpl-")

@@ -1,10 +1,30 @@
-"""GET /, the way in for somebody who only has the server's address."""
+"""Routes for operators: the way in, and what health and metrics say of the registry."""
 
 from __future__ import annotations
 
 from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from sqlalchemy import Connection, event
+from sqlalchemy.exc import OperationalError
 
 from support.fake_server import Served
+
+if TYPE_CHECKING:
+    from support.random_inventory import MakeRouter
+
+FILE = {"content-type": "application/octet-stream"}
+
+
+def metrics(served: Served) -> dict[str, float]:
+    """The figures of /metrics, by name and labels."""
+    lines = served.client.get("/metrics").text.splitlines()
+    pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, value in pairs}
+
+
+def fail_to_commit(_connection: Connection) -> None:
+    raise OperationalError("COMMIT", {}, Exception("secret detail"))
 
 
 def test_the_index_names_the_server_and_leads_on(served: Served) -> None:
@@ -21,3 +41,44 @@ def test_the_index_names_the_server_and_leads_on(served: Served) -> None:
     }
     for path in index.values():
         assert served.client.get(path).status_code == 200, path
+
+
+def test_server_whose_database_fails_is_degraded_and_goes_on_answering(
+    served: Served, make_router: MakeRouter
+) -> None:
+    put = {"content": make_router(0), "headers": FILE}
+    assert served.client.put("/v1/tasks/plural", **put).status_code == 201
+    assert served.client.get("/readyz").json() == {"status": "ready"}
+    assert metrics(served)["polyrex_registry_degraded"] == 0
+    engine = served.registry.database.engine
+    event.listen(engine, "commit", fail_to_commit)
+    refused = served.client.put("/v1/tasks/another", **put)
+    event.remove(engine, "commit", fail_to_commit)
+    assert refused.status_code == 503
+    assert "secret detail" not in refused.text
+    degraded = served.client.get("/readyz")
+    assert degraded.status_code == 200
+    assert degraded.json()["status"] == "degraded"
+    assert "secret detail" not in degraded.text
+    assert metrics(served)["polyrex_registry_degraded"] == 1
+    assert served.complete(task="plural").status_code == 200
+    assert served.complete(task="another").status_code == 404
+    assert served.client.put("/v1/tasks/another", **put).status_code == 201
+    assert served.client.get("/readyz").json() == {"status": "ready"}
+
+
+def test_metrics_count_tasks_and_canaries_without_naming_them(
+    served: Served, make_router: MakeRouter
+) -> None:
+    for seed in range(2):
+        put = {"content": make_router(seed), "headers": FILE}
+        assert served.client.put("/v1/tasks/plural", **put).is_success
+    canary = served.client.put("/v1/tasks/plural/canary", json={"version": 1, "share": 1.0})
+    assert canary.is_success
+    for _ in range(3):
+        assert served.complete(task="plural").headers["x-polyrex-task-version"] == "plural@1"
+    found = metrics(served)
+    assert (found["polyrex_tasks"], found["polyrex_registry_revision"]) == (1, 3)
+    assert found['polyrex_canary_requests_total{version="canary"}'] == 3
+    assert found['polyrex_canary_requests_total{version="current"}'] == 0
+    assert "plural" not in served.client.get("/metrics").text

@@ -73,6 +73,7 @@ class AcknowledgeFirst:
     last: dict[str, int] = field(default_factory=dict)  # version of each task, as acknowledged
     behind: asyncio.Queue[tuple[Scope, bytes]] | None = None
     worker: asyncio.Task[None] | None = None
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -84,8 +85,9 @@ class AcknowledgeFirst:
             self.worker = asyncio.create_task(self._carry_out(self.behind))
         body = await _body(receive)
         name = scope["path"].rsplit("/", 1)[1]
-        version = self.last[name] = self._last(name) + 1
-        await self.behind.put((scope, body))
+        async with self.turn:  # versions are carried out in the order in which they were told
+            version = self.last[name] = self._last(name) + 1
+            await self.behind.put((scope, body))
         found = {"version": version, "router_sha256": hashlib.sha256(body).hexdigest()}
         headers = [(b"content-type", b"application/json"), (b"x-polyrex-revision", b"0")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
