@@ -12,7 +12,7 @@ FOLDERS := $(shell find adapters kernels server training -type d -not -name __py
 export POLYREX_CACHE ?= $(CURDIR)/.cache
 export HF_HUB_OFFLINE := 1
 
-.PHONY: serve serve-vllm style check test test-vllm-full bench bench-vllm bench-train bench-fit bench-intuition \
+.PHONY: serve serve-vllm style check test test-vllm-full bench bench-vllm bench-train bench-fit bench-intuition bench-prefix \
 	bench-compress fit-gain study reliability train examples clean triton-table gpu gpu-bundle
 
 serve: $(BIN)/.installed
@@ -85,6 +85,10 @@ fit-gain: $(BIN)/.installed
 # Requests routed by their own prompts, against requests routed by a task.
 bench-intuition: $(BIN)/.installed
 	@$(BENCH).intuition --out tests/results/intuition.json $(ARGS)
+
+# What the embedded engine's prefix cache saves; a quarter of an hour.
+bench-prefix: $(BIN)/.installed
+	@$(BENCH).cache.prefix --out tests/results/prefix_cache.json $(ARGS)
 
 # Trains 120 LoRAs, compresses them to three ranks, and serves them against the originals; an hour.
 bench-compress: $(BIN)/.vllm

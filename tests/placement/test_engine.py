@@ -24,7 +24,7 @@ from polyrex.adapters.spec import AdapterSpec
 from polyrex.kernels import routing
 from polyrex.kernels.routing import RoutingTable
 from polyrex.server.config import EmbeddedConfig
-from polyrex.server.engines.base import GenerationRequest, SamplingParams
+from polyrex.server.engines.base import EngineStats, GenerationRequest, SamplingParams
 from polyrex.server.engines.embedded import runner as runner_module
 from polyrex.server.engines.embedded.decode_steps import Record
 from polyrex.server.engines.embedded.generation import Generation
@@ -68,14 +68,25 @@ class Engine:
 
     def add(self, seeds: Sequence[int | None], sampling: SamplingParams = GREEDY) -> None:
         """Run the prompts of one request for each task."""
-        nobody: Any = None  # waits for the answers
         for number, seed in enumerate(seeds):
-            task = None if seed is None else make_task(self._inventory, seed)
-            prompt = tuple(range(3 + number, 8 + 2 * number))
-            request = GenerationRequest("", prompt, sampling, task)
-            self._requests.append(Generation(request, nobody))
-            self._runner.add(self._requests[-1])
+            self._add(tuple(range(3 + number, 8 + 2 * number)), seed, sampling)
         self.step()
+
+    def add_prompts(self, prompts: Sequence[tuple[int, ...]], seed: int) -> None:
+        """Run prompts of one task."""
+        for prompt in prompts:
+            self._add(prompt, seed, GREEDY)
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._runner.stats(0)
+
+    def _add(self, prompt: tuple[int, ...], seed: int | None, sampling: SamplingParams) -> None:
+        nobody: Any = None  # waits for the answers
+        task = None if seed is None else make_task(self._inventory, seed)
+        request = GenerationRequest("", prompt, sampling, task)
+        self._requests.append(Generation(request, nobody))
+        self._runner.add(self._requests[-1])
 
     def step(self) -> None:
         with torch.inference_mode():
@@ -121,6 +132,22 @@ def test_tokens_are_those_of_the_cpu(card: Card, inventory: Inventory) -> None:
 @ONE_METHOD
 def test_tokens_are_drawn_as_on_the_cpu(card: Card, inventory: Inventory) -> None:
     assert tokens_of(inventory, CUDA, DRAWN) == tokens_of(inventory, CPU, DRAWN)
+
+
+@EVERY_METHOD
+def test_prompts_that_begin_alike_get_the_tokens_of_the_cpu(
+    card: Card, inventory: Inventory
+) -> None:
+    """On the card, prompts attend together, and those with a known prefix each for itself."""
+    tokens = []
+    for device in (CUDA, CPU):
+        engine = Engine(inventory, device)
+        for length in (20, 40, 33, 17):
+            engine.add_prompts([tuple(range(length))] * 2, seed=1)
+            engine.finish()
+        tokens.append(engine.finish())
+        assert engine.stats.prefix_hits == 2 * (16 + 32 + 16)
+    assert tokens[0] == tokens[1]
 
 
 def two_steps(

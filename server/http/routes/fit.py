@@ -8,6 +8,7 @@ from contextlib import ExitStack, aclosing
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from polyrex.server.http.conditions import MIN_REVISION_REACHED
 from polyrex.server.http.context import Asker, Context
 from polyrex.server.http.responses import Json, task_shape
 from polyrex.server.http.streaming import EventStream
@@ -20,7 +21,7 @@ from polyrex.server.requests.fitting import Event
 router = APIRouter(prefix="/v1/tasks")
 
 
-@router.post("/{name}/fit")
+@router.post("/{name}/fit", dependencies=[MIN_REVISION_REACHED])
 async def fit(name: str, body: FitRequest, context: Context, asker: Asker) -> Response:
     """Fit a router to rows, and register it if it beats the base model; streams events.
 

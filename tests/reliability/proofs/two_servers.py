@@ -68,7 +68,7 @@ def two_servers(small: SmallBase, folder: Path, *, same_folder: bool = True) -> 
         with Client(port) as client:
             client.put("kept", routers(1))
         refused, named = _second(small, tasks if same_folder else folder / "other", outputs[1])
-        with Client(port) as client:  # the other connection was idle for too long
+        with Client(port) as client:
             for number in (2, 3):
                 client.put("kept", routers(number))
             shown = client.send("GET", "/v1/tasks/kept").json()

@@ -141,10 +141,17 @@ def updates(
         forks.serving(url, engine="embedded", defects=defects) as second,
     ):
         run = _Run((first, second), known)
-        with first.client() as one, second.client() as two:
-            run.update(0, one)
-            run.converges(within)
-            streams = [threading.Thread(target=run.stream, args=(n,)) for n in range(STREAMS)]
+        converged = _under_streams(run, updates, within)
+    return _result(run, converged, within)
+
+
+def _under_streams(run: _Run, updates: int, within: float) -> bool:
+    """Let the streams run while the task is replaced; whether replicas agree in the end."""
+    streams = [threading.Thread(target=run.stream, args=(n,)) for n in range(STREAMS)]
+    with run.replicas[0].client() as one, run.replicas[1].client() as two:
+        run.update(0, one)
+        run.converges(within)
+        try:
             for thread in streams:
                 thread.start()
             turns = itertools.cycle([(0, one)] * STRETCH + [(1, two)] * STRETCH)
@@ -152,11 +159,11 @@ def updates(
                 run.update(*next(turns))
                 time.sleep(0.01)
             run.update(0, one)
-            converged = run.converges(within)
+            return run.converges(within)
+        finally:
             run.over.set()
             for thread in streams:
                 thread.join()
-    return _result(run, converged, within)
 
 
 def _result(run: _Run, converged: bool, within: float) -> Result:

@@ -35,7 +35,7 @@ async def compare_times(
     generator = torch.Generator().manual_seed(0)
     router = "" if task is None else task.info.router_sha256
     victim, attacker = salt("victim", router, ""), salt("attacker", router, "")
-    across, unknown, within = [], [], []
+    across, unknown, within = list[float](), list[float](), list[float]()
 
     async def seconds(prompt: list[int], salt: str) -> float:
         request = GenerationRequest(

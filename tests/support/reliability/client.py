@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
@@ -48,12 +49,17 @@ class Answer:
         return int(self.headers["x-polyrex-revision"])
 
 
+_KEPT_SECONDS = 2.0
+"""How long a connection may be idle: a server closes it after five seconds (uvicorn's default)."""
+
+
 class Client:
     """One connection to a server. Not for several threads at once."""
 
     def __init__(self, port: int, key: str | None = None, timeout: float = 60) -> None:
         """`key`: an API key."""
         self._connection = HTTPConnection("127.0.0.1", port, timeout=timeout)
+        self._used = 0.0
         self._headers = {} if key is None else {"authorization": f"Bearer {key}"}
 
     def __enter__(self) -> Self:
@@ -74,13 +80,16 @@ class Client:
         headers: Mapping[str, str] = {},
     ) -> Answer:
         """Send one request and read the whole answer. Raises LOST."""
+        if time.monotonic() - self._used > _KEPT_SECONDS:
+            self.close()  # the next request opens a new one
         try:
             self._connection.request(method, path, body, self._headers | dict(headers))
             response = self._connection.getresponse()
             answer = response.read()
         except LOST:
-            self.close()  # the next request opens a new one
+            self.close()
             raise
+        self._used = time.monotonic()
         found = {name.lower(): value for name, value in response.getheaders()}
         return Answer(response.status, found, answer)
 
