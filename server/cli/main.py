@@ -34,7 +34,8 @@ COMMANDS = {
     "serve": Command("polyrex.server.cli.serve:serve", "Serve an inventory and its tasks."),
     "doctor": Command("polyrex.server.cli.doctor:doctor", "Check the installation."),
     "tasks": Command(
-        "polyrex.server.cli.tasks:command", "List, show, add, drop and change tasks of a running server."
+        "polyrex.server.cli.tasks:command",
+        "List, show, add, drop and change tasks of a running server.",
     ),
     "tenants": Command(
         "polyrex.server.cli.remote.tenants:command",

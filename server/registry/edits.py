@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sqlalchemy import and_, delete, func, insert, select, update
+from sqlalchemy import Table, and_, delete, func, insert, select, update
 
 from polyrex.adapters.errors import InventoryMismatch, UnknownTask
 from polyrex.server.errors import InvalidRequest, UnknownTenant
 
 from .database import Change
-from .names import ALIAS, Reference, check_labels
+from .names import ALIAS, Reference, check_labels, check_tenant_name
 from .principal import OPERATOR, Principal, Role
 from .records import TaskRecord, VersionRecord
 from .registration import check_tasks_quota
@@ -25,7 +25,8 @@ from .rows import Expected, TaskRow, check_expected, load_task, load_version, ow
 from .schema import aliases, idempotency, shares, tasks, tenants, versions
 
 MOST_ALIASES = 100
-"""The most aliases of one task."""
+MOST_SHARES = 1000
+"""The most aliases of one task, and the most tenants that it is shared with."""
 
 _PURGED_AT_ONCE = 100
 """Tasks that one transaction purges, so that others need not wait long for their turn."""
@@ -100,7 +101,7 @@ class TaskEdits:
             if found is not None:
                 change.connection.execute(update(aliases).where(where).values(version=version))
                 return {}
-            _check_room_for_an_alias(change, task)
+            _check_room(change, task, aliases, MOST_ALIASES, "alias")
             row = {"task_id": task.id, "name": alias, "version": version}
             change.connection.execute(insert(aliases), row)
             return {}
@@ -159,20 +160,21 @@ class TaskEdits:
     ) -> TaskRecord:
         """Let another tenant use a task; raises InvalidRequest where it is the owner.
 
-        Where there is no such tenant, a server admin is told so (UnknownTenant); anybody else gets
-        UnknownTask.
+        Only a server admin is told that there is no such tenant (UnknownTenant). Anybody else may
+        share with a name that no tenant has yet, and so does not learn which tenants there are.
         """
+        check_tenant_name(tenant, "tenant")
 
         def edit(change: Change, task: TaskRow) -> Fields | None:
-            other = _tenant(change, tenant)
-            if other is None:
-                raise UnknownTenant if asker.role is Role.server_admin else UnknownTask
-            if other == task.tenant_id:
+            if asker.role is Role.server_admin and not _is_tenant(change, tenant):
+                raise UnknownTenant
+            if tenant == task.tenant:
                 raise InvalidRequest("the task is this tenant's own", "tenant")
-            row = {"task_id": task.id, "tenant_id": other}
-            where = and_(shares.c.task_id == task.id, shares.c.tenant_id == other)
+            row = {"task_id": task.id, "tenant": tenant}
+            where = and_(shares.c.task_id == task.id, shares.c.tenant == tenant)
             if change.connection.execute(select(shares).where(where)).first():
                 return None
+            _check_room(change, task, shares, MOST_SHARES, "tenant")
             change.connection.execute(insert(shares), row)
             return {}
 
@@ -184,8 +186,7 @@ class TaskEdits:
         """Take back a share; raises UnknownTask where the task is not shared with the tenant."""
 
         def edit(change: Change, task: TaskRow) -> Fields:
-            other = _tenant(change, tenant)
-            where = and_(shares.c.task_id == task.id, shares.c.tenant_id == other)
+            where = and_(shares.c.task_id == task.id, shares.c.tenant == tenant)
             if not change.connection.execute(delete(shares).where(where)).rowcount:
                 raise UnknownTask
             return {}
@@ -295,15 +296,13 @@ def _previous(change: Change, task: TaskRow) -> int:
     return int(found)
 
 
-def _check_room_for_an_alias(change: Change, task: TaskRow) -> None:
-    count = select(func.count()).select_from(aliases).where(aliases.c.task_id == task.id)
-    if change.connection.execute(count).scalar_one() >= MOST_ALIASES:
-        raise InvalidRequest(f"a task has at most {MOST_ALIASES} aliases", "alias")
+def _check_room(change: Change, task: TaskRow, table: Table, most: int, param: str) -> None:
+    """Raise InvalidRequest where a table has as many rows of a task as it may have."""
+    count = select(func.count()).select_from(table).where(table.c.task_id == task.id)
+    if change.connection.execute(count).scalar_one() >= most:
+        raise InvalidRequest(f"a task has at most {most} {table.name}", param)
 
 
-def _tenant(change: Change, name: str) -> int | None:
-    """A tenant's number; None where there is no such tenant."""
-    found: int | None = change.connection.execute(
-        select(tenants.c.id).where(tenants.c.name == name)
-    ).scalar()
-    return found
+def _is_tenant(change: Change, name: str) -> bool:
+    named = select(tenants.c.id).where(tenants.c.name == name)
+    return change.connection.execute(named).first() is not None

@@ -47,6 +47,14 @@ def check_task_name(name: str) -> None:
         raise InvalidTaskName(f"a task name matches {TASK_NAME.pattern}, got {name!r:.80}")
 
 
+def check_tenant_name(name: str, param: str) -> None:
+    """Raise InvalidRequest, about the field `param`, where no tenant can have this name."""
+    if not TENANT_NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"a tenant's name matches {TENANT_NAME.pattern}, got {name!r:.80}", param
+        )
+
+
 def check_labels(labels: Mapping[str, str]) -> None:
     """Raise InvalidRequest where a task cannot have these labels."""
     if len(labels) > MOST_LABELS:

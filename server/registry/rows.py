@@ -109,11 +109,7 @@ def _owns(asker: Principal, row: TaskRow) -> bool:
 
 
 def _is_shared(connection: Connection, asker: Principal, row: TaskRow) -> bool:
-    with_asker = exists().where(
-        shares.c.task_id == row.id,
-        shares.c.tenant_id == tenants.c.id,
-        tenants.c.name == asker.tenant,
-    )
+    with_asker = exists().where(shares.c.task_id == row.id, shares.c.tenant == asker.tenant)
     return bool(connection.execute(select(with_asker)).scalar())
 
 
@@ -136,7 +132,7 @@ def load_tasks(connection: Connection, rows: Sequence[TaskRow]) -> list[TaskReco
         named[alias.task_id][alias.name] = alias.version
     shared: defaultdict[int, list[str]] = defaultdict(list)
     for share in connection.execute(select_shares(ids)):
-        shared[share.task_id].append(share.name)
+        shared[share.task_id].append(share.tenant)
     return [
         _task(row, current[row.id], named[row.id], tuple(shared[row.id]))
         for row in rows
@@ -146,11 +142,7 @@ def load_tasks(connection: Connection, rows: Sequence[TaskRow]) -> list[TaskReco
 
 def select_shares(ids: Iterable[int] | None = None) -> Select[Any]:
     """The statement that gives the names of the tenants that tasks are shared with."""
-    statement = (
-        select(shares.c.task_id, tenants.c.name)
-        .join_from(shares, tenants, shares.c.tenant_id == tenants.c.id)
-        .order_by(tenants.c.name)
-    )
+    statement = select(shares.c.task_id, shares.c.tenant).order_by(shares.c.tenant)
     return statement if ids is None else statement.where(shares.c.task_id.in_(ids))
 
 

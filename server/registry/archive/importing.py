@@ -50,7 +50,7 @@ def import_file(database: Database, path: Path) -> Imported:
         added = change.revision - before
         task_ids = _add_tasks(source, change, new, tenant_ids)
         for table in (versions, aliases, shares):
-            _add_rows(source, change.connection, table, task_ids, tenant_ids)
+            _add_rows(source, change.connection, table, task_ids)
         _add_routers(source, change.connection)
         return Imported(added, len(new), unchanged)
 
@@ -154,7 +154,6 @@ def _add_rows(
     target: Connection,
     table: Table,
     task_ids: Mapping[int, int],
-    tenant_ids: Mapping[int, int],
 ) -> None:
     """Add what a table has of the new tasks."""
     for rows in source.execute(select(table)).partitions(_ROWS_AT_ONCE):
@@ -163,8 +162,6 @@ def _add_rows(
             for row in rows
             if row.task_id in task_ids
         ]
-        if table is shares:
-            values = [each | {"tenant_id": tenant_ids[each["tenant_id"]]} for each in values]
         if values:
             target.execute(insert(table), values)
 

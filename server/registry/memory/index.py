@@ -169,7 +169,7 @@ def load_entries(
             servable=row.inventory_sha256 == inventory_sha256,
             aliases=tuple((alias.name, alias.version) for alias in named.get(row.id, ())),
             canary=canary,
-            shared_with=tuple(share.name for share in shared.get(row.id, ())),
+            shared_with=tuple(share.tenant for share in shared.get(row.id, ())),
         )
 
 

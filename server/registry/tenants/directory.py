@@ -22,7 +22,7 @@ from polyrex.server.errors import (
     UnknownTenant,
 )
 from polyrex.server.registry.database import Change, Database
-from polyrex.server.registry.names import TENANT_NAME
+from polyrex.server.registry.names import check_tenant_name
 from polyrex.server.registry.principal import DEFAULT_TENANT, Principal, Role
 from polyrex.server.registry.schema import keys, state, tenants
 
@@ -121,10 +121,7 @@ class Directory:
 
     def create_tenant(self, asker: Principal, name: str, quotas: Quotas) -> Tenant:
         """Make a tenant. Raises InvalidRequest, TenantExists or StorageError."""
-        if not TENANT_NAME.fullmatch(name):
-            raise InvalidRequest(
-                f"a tenant's name matches {TENANT_NAME.pattern}, got {name!r:.80}", "name"
-            )
+        check_tenant_name(name, "name")
         with self._change(asker) as change:
             if _find_tenant(change.connection, name) is not None:
                 raise TenantExists(f"a tenant {name!r} exists already")

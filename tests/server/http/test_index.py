@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+import httpx
 from sqlalchemy import Connection, event
 from sqlalchemy.exc import OperationalError
 
@@ -13,7 +14,10 @@ from support.fake_server import Served
 if TYPE_CHECKING:
     from support.random_inventory import MakeRouter
 
-FILE = {"content-type": "application/octet-stream"}
+
+def put(served: Served, name: str, data: bytes) -> httpx.Response:
+    headers = {"content-type": "application/octet-stream"}
+    return served.client.put(f"/v1/tasks/{name}", content=data, headers=headers)
 
 
 def metrics(served: Served) -> dict[str, float]:
@@ -46,13 +50,12 @@ def test_the_index_names_the_server_and_leads_on(served: Served) -> None:
 def test_server_whose_database_fails_is_degraded_and_goes_on_answering(
     served: Served, make_router: MakeRouter
 ) -> None:
-    put = {"content": make_router(0), "headers": FILE}
-    assert served.client.put("/v1/tasks/plural", **put).status_code == 201
+    assert put(served, "plural", make_router(0)).status_code == 201
     assert served.client.get("/readyz").json() == {"status": "ready"}
     assert metrics(served)["polyrex_registry_degraded"] == 0
     engine = served.registry.database.engine
     event.listen(engine, "commit", fail_to_commit)
-    refused = served.client.put("/v1/tasks/another", **put)
+    refused = put(served, "another", make_router(0))
     event.remove(engine, "commit", fail_to_commit)
     assert refused.status_code == 503
     assert "secret detail" not in refused.text
@@ -63,7 +66,7 @@ def test_server_whose_database_fails_is_degraded_and_goes_on_answering(
     assert metrics(served)["polyrex_registry_degraded"] == 1
     assert served.complete(task="plural").status_code == 200
     assert served.complete(task="another").status_code == 404
-    assert served.client.put("/v1/tasks/another", **put).status_code == 201
+    assert put(served, "another", make_router(0)).status_code == 201
     assert served.client.get("/readyz").json() == {"status": "ready"}
 
 
@@ -71,8 +74,7 @@ def test_metrics_count_tasks_and_canaries_without_naming_them(
     served: Served, make_router: MakeRouter
 ) -> None:
     for seed in range(2):
-        put = {"content": make_router(seed), "headers": FILE}
-        assert served.client.put("/v1/tasks/plural", **put).is_success
+        assert put(served, "plural", make_router(seed)).is_success
     canary = served.client.put("/v1/tasks/plural/canary", json={"version": 1, "share": 1.0})
     assert canary.is_success
     for _ in range(3):

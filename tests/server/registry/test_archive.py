@@ -50,7 +50,7 @@ def database(database_url: str) -> Iterator[Database]:
                 tasks.update().where(tasks.c.id == live).values(changed=change.revision, **canary)
             )
             add(change, aliases, task_id=live, name="prod", version=1)
-            add(change, shares, task_id=live, tenant_id=1)
+            add(change, shares, task_id=live, tenant="default")
             digest = bytes(32)
             add(
                 change,
@@ -150,9 +150,7 @@ def described(database: Database) -> dict[str, dict[str, Any]]:
                 if row["task_id"] == task["id"]
             ],
             "shares": [
-                tenant[row["tenant_id"]]
-                for row in rows(database, shares)
-                if row["task_id"] == task["id"]
+                row["tenant"] for row in rows(database, shares) if row["task_id"] == task["id"]
             ],
         }
         for task in rows(database, tasks)

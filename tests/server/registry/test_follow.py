@@ -183,6 +183,7 @@ def test_change_that_fails_is_not_in_the_index(
     with pytest.raises(StorageError):
         registry.register(OPERATOR, "boolq", make_small_router(1), replace=True)
     event.remove(engine, "commit", fail_to_commit)
+    assert registry.revision == 1
     assert registry.pin(OPERATOR, "boolq").info.version == 1
     registry.catch_up()
     assert registry.find(OPERATOR, "boolq") == first.task

@@ -277,12 +277,16 @@ def test_shipped_task_that_was_replaced_is_left_alone(
     done = registry.register(OPERATOR, "boolq", make_small_router(0), replace=True)
     assert done.version.version == 2
     assert start(shipped=shipped).find(OPERATOR, "boolq") == done.task
+    (shipped / "boolq.safetensors").write_bytes(make_small_router(200))  # a new release
+    assert start(shipped=shipped).find(OPERATOR, "boolq") == done.task
 
 
 def test_shipped_task_that_was_dropped_stays_dropped(
     start: Start, shipped: Path, make_small_router: MakeRouter
 ) -> None:
     TaskEdits(start(shipped=shipped)).drop(OPERATOR, "boolq")
+    assert names(start(shipped=shipped)) == ["piqa"]
+    (shipped / "boolq.safetensors").write_bytes(make_small_router(200))  # a new release
     registry = start(shipped=shipped)
     assert names(registry) == ["piqa"]
     assert registry.register(OPERATOR, "boolq", make_small_router(0)).created

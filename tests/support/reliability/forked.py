@@ -38,7 +38,7 @@ MODEL = "small"
 """The name of the base model in requests."""
 
 
-def main(base: str, inventory_path: Path) -> None:
+def main(base: str, inventory_path: Path) -> NoReturn:
     """Fork a server for each order, until there are no more; then end those that still run."""
     torch.set_num_threads(1)
     inventory, tokenizer = read_inventory(inventory_path), load_tokenizer(base)
@@ -54,10 +54,10 @@ def main(base: str, inventory_path: Path) -> None:
         started.append(pid)
         print(json.dumps({"pid": pid, "port": listener.getsockname()[1]}), flush=True)
         listener.close()  # or connections to a killed server would be accepted, and never served
-    gc.unfreeze()  # or extension modules complain of what was not collected
     for pid in started:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    os._exit(0)  # extension modules would complain of what is frozen
 
 
 def _warm_up(inventory: Inventory, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -83,10 +83,9 @@ def _create_tasks() -> None:
     op.create_table(
         "shares",
         sa.Column("task_id", sa.Integer, nullable=False),
-        sa.Column("tenant_id", sa.Integer, nullable=False),
-        sa.PrimaryKeyConstraint("task_id", "tenant_id", name=op.f("pk_shares")),
+        sa.Column("tenant", sa.String(63), nullable=False),
+        sa.PrimaryKeyConstraint("task_id", "tenant", name=op.f("pk_shares")),
         _references_tasks("shares"),
-        _references_tenants("shares"),
     )
     op.create_table(
         "idempotency",

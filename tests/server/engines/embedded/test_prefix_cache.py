@@ -142,6 +142,17 @@ def test_a_full_cache_delays_requests_and_changes_nothing(
     assert runner.runner.stats(0).prefix_hits > 0
 
 
+def test_a_request_that_had_to_go_makes_its_blocks_known_again(
+    small_base: str, inventory: Inventory
+) -> None:
+    """The older request takes all six blocks, and with them those that the younger had made."""
+    runner = Runner(small_base, inventory, kv_cache_tokens=96)
+    older = Asked(tokens(1, 33), sampling=replace(GREEDY, max_tokens=60))
+    younger = Asked(tokens(2, 33), sampling=replace(GREEDY, max_tokens=10))
+    assert [len(answer.ids) for answer in runner.at_once(older, younger)] == [60, 10]
+    assert runner.one(tokens(2, 33)).cached == 32
+
+
 def test_a_request_does_not_give_away_the_blocks_that_it_is_about_to_use(
     small_base: str, inventory: Inventory
 ) -> None:
