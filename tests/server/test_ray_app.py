@@ -25,9 +25,9 @@ import psutil
 import pytest
 
 from polyrex.adapters.files.inventory import Inventory
-from support.postgres import Cluster
 from support.random_inventory import random_router
 from support.reliability.small_base import Routers, SmallBase, quiet_threads
+from support.storage.postgres import Cluster
 
 pytest.importorskip("ray", reason="Ray is not installed (pip install 'polyrex[ray]')")
 

@@ -6,7 +6,7 @@ import psutil
 import psycopg
 import pytest
 
-from support.postgres import Cluster
+from support.storage.postgres import Cluster
 
 _LOSE = "UPDATE tasks SET deleted = 1 WHERE id = (SELECT max(id) FROM tasks)"
 

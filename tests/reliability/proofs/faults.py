@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from reliability.result import Result
-from support.disk_faults import Result as Found
-from support.disk_faults import Sweep, build_shim, run_fault_sweeps
+from support.storage.disk_faults import Result as Found
+from support.storage.disk_faults import Sweep, build_shim, run_fault_sweeps
 
 CHANGES = 250
 """Each change syncs at least once, so every failing sync up to 200 is reached."""

@@ -32,7 +32,7 @@ from polyrex.server.registry.schema import (
     tenants,
     versions,
 )
-from support.postgres import Cluster
+from support.storage.postgres import Cluster
 
 
 @pytest.fixture

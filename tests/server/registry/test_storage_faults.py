@@ -17,8 +17,8 @@ from polyrex.server.registry.database import Database
 from polyrex.server.registry.principal import OPERATOR
 from polyrex.server.registry.schema import audit, routers, tenants
 from polyrex.server.registry.storage.failures import OUTCOME_UNKNOWN
-from support.disk_faults import Result, Sweep, build_shim, every_sweep, run_fault_sweeps
-from support.postgres import NOT_INSTALLED, Cluster, find_binaries, running_cluster
+from support.storage.disk_faults import Result, Sweep, build_shim, every_sweep, run_fault_sweeps
+from support.storage.postgres import NOT_INSTALLED, Cluster, find_binaries, running_cluster
 
 SETTLE_SECONDS = "polyrex.server.registry.storage.postgres._SETTLE_SECONDS"
 

@@ -4,7 +4,7 @@ A run forks a server that makes a few changes while one call fails, notes what i
 kills itself as by kill -9. Then the file is opened again: what was acknowledged has to be there,
 and what was refused must not.
 
-    python -m support.disk_faults --syncs 200 --writes 1000
+    python -m support.storage.disk_faults --syncs 200 --writes 1000
 """
 
 from __future__ import annotations
@@ -101,11 +101,11 @@ def run_fault_sweeps(folder: Path, shim: Path, sweeps: Sequence[Sweep]) -> list[
     """Run sweeps in a folder, in a process of their own."""
     control = folder / "faults"
     control.write_bytes(bytes(_FAULTS.size))
-    path = os.pathsep.join([str(_SOURCE.parent.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(_SOURCE.parents[2]), os.environ.get("PYTHONPATH", "")])
     settings = {"LD_PRELOAD": str(shim), "DISK_FAULTS": str(control), "PYTHONPATH": path}
     asked = json.dumps([asdict(sweep) for sweep in sweeps])
     done = subprocess.run(
-        [sys.executable, "-m", "support.disk_faults", "--sweeps", asked, folder],
+        [sys.executable, "-m", "support.storage.disk_faults", "--sweeps", asked, folder],
         env=os.environ | settings,
         capture_output=True,
         text=True,
