@@ -20,7 +20,7 @@ from polyrex.server.engines.threads import in_passing_thread
 from polyrex.server.engines.vllm.version import check_build
 from polyrex.server.errors import StartError
 from polyrex.server.http.app import create_app
-from polyrex.server.registry.database import Database
+from polyrex.server.registry.database import Database, folder_url
 from polyrex.server.registry.files.shipped import register_shipped
 from polyrex.server.registry.files.takeover import take_over
 from polyrex.server.registry.registry import TaskRegistry
@@ -68,7 +68,7 @@ def open_registry(config: RegistryConfig, folder: Path, bundle: Bundle) -> TaskR
     That is a state folder of before there was a database, and the routers that come with the
     inventory. Raises StartError or StorageError.
     """
-    database = Database(config.url or f"sqlite:///{folder / 'registry.db'}")
+    database = Database(config.url or folder_url(folder))
     rejected = take_over(database, bundle.inventory, folder)
     rejected |= register_shipped(database, bundle.inventory, bundle.folder)
     return TaskRegistry(database, bundle.inventory, config, rejected)

@@ -23,6 +23,7 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
 )
+from sqlalchemy.types import TypeEngine
 
 metadata = MetaData(
     naming_convention={
@@ -32,6 +33,12 @@ metadata = MetaData(
         "pk": "pk_%(table_name)s",
     }
 )
+
+
+def _name(length: int) -> TypeEngine[str]:
+    """A column of names, in the order of their bytes: that of the index in memory."""
+    return String(length).with_variant(String(length, collation="C"), "postgresql")
+
 
 state = Table(
     "state",
@@ -45,7 +52,7 @@ tenants = Table(
     "tenants",
     metadata,
     Column("id", Integer, primary_key=True),
-    Column("name", String(63), nullable=False, unique=True),
+    Column("name", _name(63), nullable=False, unique=True),
     Column("created", Float, nullable=False),
     Column("quotas", JSON, nullable=False),
     Column("disabled", Boolean, nullable=False, default=False),
@@ -69,7 +76,7 @@ tasks = Table(
     metadata,
     Column("id", Integer, primary_key=True),
     Column("tenant_id", ForeignKey(tenants.c.id), nullable=False),
-    Column("name", String(64), nullable=False),
+    Column("name", _name(64), nullable=False),
     Column("created", Float, nullable=False),
     Column("changed", BigInteger, nullable=False),  # revision
     Column("last_version", Integer, nullable=False),  # survives deletion and purging
@@ -110,7 +117,7 @@ aliases = Table(
     "aliases",
     metadata,
     Column("task_id", ForeignKey(tasks.c.id), nullable=False),
-    Column("name", String(64), nullable=False),
+    Column("name", _name(64), nullable=False),
     Column("version", Integer, nullable=False),
     PrimaryKeyConstraint("task_id", "name"),
 )
@@ -120,7 +127,7 @@ shares = Table(
     metadata,
     Column("task_id", ForeignKey(tasks.c.id), nullable=False),
     # By name: whoever shares a task does not learn whether there is such a tenant.
-    Column("tenant", String(63), nullable=False),
+    Column("tenant", _name(63), nullable=False),
     PrimaryKeyConstraint("task_id", "tenant"),
 )
 

@@ -230,6 +230,13 @@ def test_pages_are_sorted_and_follow_each_other(
     for name in ("c", "a", "e", "b", "d"):
         registry.register(OPERATOR, name, make_small_router())
     assert names(registry) == ["a", "b", "c", "d", "e"]
+    for name in ("a-z", "ab", "a.b", "a_b"):  # English would not see the signs
+        registry.register(OPERATOR, name, make_small_router())
+    by_bytes = ["a", "a-z", "a.b", "a_b", "ab", "b", "c", "d", "e"]
+    assert names(registry) == by_bytes
+    assert [name for name, _ in registry.models(OPERATOR, None, 10)] == by_bytes
+    for name in ("a-z", "ab", "a.b", "a_b"):
+        TaskEdits(registry).drop(OPERATOR, name)
     first = registry.page(OPERATOR, limit=2)
     assert ([task.name for task in first.tasks], first.has_more) == (["a", "b"], True)
     then = registry.page(OPERATOR, after="bb", limit=3)

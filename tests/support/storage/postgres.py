@@ -129,7 +129,10 @@ def _initialise(cluster: Cluster) -> None:
         "pwfile": password,
         "auth": "scram-sha-256",
         "encoding": "UTF8",
+        # A database sorts text in its own language, unless a column says otherwise.
         "locale": "C",
+        "locale-provider": "icu",
+        "icu-locale": "en",
     }
     done = subprocess.run(
         [

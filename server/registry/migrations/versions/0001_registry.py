@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 from alembic import op
+from sqlalchemy.types import TypeEngine
 
 revision = "0001"
 down_revision = None
@@ -32,7 +33,7 @@ def _create_tenants() -> None:
     op.create_table(
         "tenants",
         sa.Column("id", sa.Integer, nullable=False),
-        sa.Column("name", sa.String(63), nullable=False),
+        sa.Column("name", _name(63), nullable=False),
         sa.Column("created", sa.Float, nullable=False),
         sa.Column("quotas", sa.JSON, nullable=False),
         sa.Column("disabled", sa.Boolean, nullable=False),
@@ -59,7 +60,7 @@ def _create_tasks() -> None:
         "tasks",
         sa.Column("id", sa.Integer, nullable=False),
         sa.Column("tenant_id", sa.Integer, nullable=False),
-        sa.Column("name", sa.String(64), nullable=False),
+        sa.Column("name", _name(64), nullable=False),
         sa.Column("created", sa.Float, nullable=False),
         sa.Column("changed", sa.BigInteger, nullable=False),
         sa.Column("last_version", sa.Integer, nullable=False),
@@ -75,7 +76,7 @@ def _create_tasks() -> None:
     op.create_table(
         "aliases",
         sa.Column("task_id", sa.Integer, nullable=False),
-        sa.Column("name", sa.String(64), nullable=False),
+        sa.Column("name", _name(64), nullable=False),
         sa.Column("version", sa.Integer, nullable=False),
         sa.PrimaryKeyConstraint("task_id", "name", name=op.f("pk_aliases")),
         _references_tasks("aliases"),
@@ -83,7 +84,7 @@ def _create_tasks() -> None:
     op.create_table(
         "shares",
         sa.Column("task_id", sa.Integer, nullable=False),
-        sa.Column("tenant", sa.String(63), nullable=False),
+        sa.Column("tenant", _name(63), nullable=False),
         sa.PrimaryKeyConstraint("task_id", "tenant", name=op.f("pk_shares")),
         _references_tasks("shares"),
     )
@@ -146,6 +147,10 @@ def _create_audit() -> None:
         sa.PrimaryKeyConstraint("revision", name=op.f("pk_audit")),
     )
     op.create_index(op.f("ix_audit_change"), "audit", ["change"])
+
+
+def _name(length: int) -> TypeEngine[str]:
+    return sa.String(length).with_variant(sa.String(length, collation="C"), "postgresql")
 
 
 def _references_tenants(table: str) -> sa.ForeignKeyConstraint:

@@ -148,8 +148,8 @@ def test_a_request_that_had_to_go_makes_its_blocks_known_again(
     """The older request takes all six blocks, and with them those that the younger had made."""
     runner = Runner(small_base, inventory, kv_cache_tokens=96)
     older = Asked(tokens(1, 33), sampling=replace(GREEDY, max_tokens=60))
-    younger = Asked(tokens(2, 33), sampling=replace(GREEDY, max_tokens=10))
-    assert [len(answer.ids) for answer in runner.at_once(older, younger)] == [60, 10]
+    younger = Asked(tokens(2, 33), sampling=replace(GREEDY, max_tokens=30))
+    assert [len(answer.ids) for answer in runner.at_once(older, younger)] == [60, 30]
     assert runner.one(tokens(2, 33)).cached == 32
 
 
