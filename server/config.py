@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Group, Parameter
-from cyclopts.types import ExistingDirectory, NonNegativeInt, PositiveInt
+from cyclopts.types import NonNegativeInt, PositiveInt
 from cyclopts.validators import Number
 
 FLAT = Parameter(name="*")
@@ -123,7 +123,7 @@ class ServerConfig:
     """Names that the Host header of a request may have, with any port. If not given, any; but only
     those of this machine where the server listens on loopback and asks for no API keys, so that no
     web page can use it."""
-    lora_dir: Annotated[ExistingDirectory | None, _SERVER] = None
+    lora_dir: Annotated[Path | None, _SERVER] = None
     """Folder whose routers POST /v1/load_lora_adapter may load; without it, it loads none."""
     max_in_flight: Annotated[PositiveInt, _LIMITS] = 256
     """Most completions admitted and not finished, running ones included; beyond it, 429."""
@@ -143,7 +143,8 @@ class RegistryConfig:
 
     url: Annotated[str | None, Parameter(alias="--registry")] = None
     """Database: sqlite:///FILE, or postgresql://USER@HOST/NAME, which replicas may share; a file in
-    --tasks-dir if not given. A password belongs in the environment variable or in ~/.pgpass."""
+    the folder of tasks if not given. A password belongs in the environment variable or in
+    ~/.pgpass."""
     retention_days: NonNegativeInt = 30
     """Days that a dropped task can be undeleted."""
     keep_versions: PositiveInt = 1000

@@ -41,6 +41,9 @@ class Loaded:
 def load(launch: Launch, progress: Progress) -> Loaded:
     """Load everything that serving needs; raises PolyrexError where the parts do not fit."""
     pick_device(launch.device)  # first: it may not be there
+    lora_dir = launch.server.lora_dir
+    if lora_dir is not None and not lora_dir.is_dir():
+        raise StartError(f"--lora-dir {lora_dir}: there is no such folder")
     disable_progress_bar()  # type: ignore[no-untyped-call]  # our own progress says as much
     name = launch.server.model
     path = launch.inventory or shipped_inventory(name)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from polyrex.adapters.errors import InvalidTaskName, UnknownTask
-from polyrex.adapters.files.task import TASK_NAME
+from polyrex.adapters.task_name import TASK_NAME
 from polyrex.server.errors import InvalidRequest
 
 TENANT_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")

@@ -10,10 +10,10 @@ from rich.progress import track
 
 from polyrex.adapters.errors import DataError
 from polyrex.adapters.files.bundle import Bundle, NewRouter, write_bundle
-from polyrex.adapters.files.task import TASK_NAME
 from polyrex.adapters.model.base_model import load_base, load_tokenizer, resolve_base, torch_dtype
 from polyrex.adapters.model.devices import pick_device
 from polyrex.adapters.peft.lora_checkpoint import CONFIG, WEIGHTS, PeftLora, read_lora
+from polyrex.adapters.task_name import TASK_NAME
 from polyrex.training.records import write_record
 
 from .compress import Compressed, compress

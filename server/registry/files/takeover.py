@@ -21,8 +21,8 @@ from sqlalchemy import and_, insert, select, update
 from polyrex.adapters.errors import FileError
 from polyrex.adapters.files.inventory import Inventory
 from polyrex.adapters.files.router import Router, read_router, size_limit
-from polyrex.adapters.files.task import TASK_NAME
 from polyrex.adapters.files.tensor_file import PARTIAL_SUFFIX
+from polyrex.adapters.task_name import TASK_NAME
 from polyrex.server.registry.database import Change, Database
 from polyrex.server.registry.principal import DEFAULT_TENANT, OPERATOR
 from polyrex.server.registry.registration import Registration, check_text, version_row

@@ -63,7 +63,7 @@ RENAMED = {
     ("loop", "rates", "routing"): "routing-rate",
     ("loop", "rates", "token_routers"): "token-router-rate",
 }
-PREFIXED = ("embedded", "vllm")
+PREFIXED = ("registry", "embedded", "vllm")
 FROM_A_FILE = ("server", "api_key_digests")  # see test_keys_come_from_the_file
 CHOSEN = {"method": "trex"}
 
