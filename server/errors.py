@@ -32,6 +32,8 @@ Engines raise these without importing FastAPI; http/error_handlers.py turns them
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from polyrex.adapters.errors import PolyrexError
 
 
@@ -106,11 +108,15 @@ class Overloaded(ServerError):
 
 
 class RateLimited(Overloaded):
-    """The tenant has used up its requests or tokens; `retry_after` seconds, and there are more."""
+    """The tenant has used up its requests or tokens; `retry_after` seconds, and there are more.
 
-    def __init__(self, message: str, retry_after: int) -> None:
+    `headers` say what is left of each quota.
+    """
+
+    def __init__(self, message: str, retry_after: int, headers: Mapping[str, str]) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.headers = headers
 
 
 class ClientDisconnected(ServerError):

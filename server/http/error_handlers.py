@@ -103,7 +103,7 @@ def error_response(error: Exception) -> JSONResponse:
     body = error_body(message, answer.type, getattr(error, "param", None), answer.code)
     headers = dict(answer.headers)
     if isinstance(error, RateLimited):
-        headers["Retry-After"] = str(error.retry_after)
+        headers |= {"Retry-After": str(error.retry_after), **error.headers}
     return JSONResponse(body, answer.status, headers)
 
 

@@ -63,6 +63,7 @@ class TenantQuotas:
                 raise RateLimited(
                     f"this minute's {limit.amount} {kind} of the tenant are used up",
                     self._reset(kind, limit, tenant),
+                    self.headers(tenant),
                 )
         with self._gate(tenant, completions):
             if "requests" in limits:

@@ -186,6 +186,8 @@ def test_answers_say_what_is_left_and_the_refusal_when_to_come_again(
     error = refused.json()["error"]
     assert (refused.status_code, error["code"]) == (429, "rate_limit_exceeded")
     assert 0 < int(refused.headers["retry-after"]) <= 60
+    assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+    assert refused.headers["x-ratelimit-limit-tokens"] == "10000"
 
 
 def test_streams_are_counted_as_other_requests_are(served: Served, operator: httpx.Client) -> None:
