@@ -256,6 +256,7 @@ class Load:
     """Completions and registrations while replicas come and go."""
 
     fleet: Fleet
+    seen: dict[str, str]  # the header that waits for the task to be known
     statuses: list[int] = field(default_factory=list)
     texts: set[str] = field(default_factory=set)
     acknowledged: dict[str, str] = field(default_factory=dict)
@@ -265,7 +266,7 @@ class Load:
         with self.fleet.client() as client:
             while not self.ended.is_set():
                 body = {**BASE, "task": "loaded", "max_tokens": 100, "ignore_eos": True}
-                answer = client.post("/v1/completions", json=body)
+                answer = client.post("/v1/completions", json=body, headers=self.seen)
                 self.statuses.append(answer.status_code)
                 if answer.status_code == 200:
                     self.texts.add(answer.json()["choices"][0]["text"])
@@ -284,9 +285,10 @@ class Load:
 
 
 def test_a_killed_replica_takes_nothing_with_it_but_what_ran_on_it(fleet: Fleet) -> None:
-    load = Load(fleet)
     with fleet.client() as client, ThreadPoolExecutor(6) as pool:
-        register(client, "loaded", random_router(fleet.inventory, 9))
+        registered = register(client, "loaded", random_router(fleet.inventory, 9))
+        revision = registered.headers["x-polyrex-revision"]
+        load = Load(fleet, {"x-polyrex-min-revision": revision})
         work = [pool.submit(load.complete) for _ in range(5)] + [pool.submit(load.register)]
         wait_until(lambda: len(load.acknowledged) >= 20)
         before = fleet.replicas()
