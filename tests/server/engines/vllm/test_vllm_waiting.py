@@ -23,6 +23,7 @@ ONE = SamplingParams(max_tokens=1, temperature=0.0)
 OUTPUT = SimpleNamespace(
     outputs=[SimpleNamespace(token_ids=[7], finish_reason="length", logprobs=None)],
     prompt_logprobs=None,
+    num_cached_tokens=0,
 )
 
 
