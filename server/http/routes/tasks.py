@@ -180,7 +180,7 @@ async def label(
 
 @router.put(
     "/{name}/shared_with/{tenant}",
-    responses=described(200, 404, 412, 503),
+    responses=described(200, 400, 404, 412, 503),
     dependencies=[JSON_ONLY],
 )
 async def share(

@@ -239,6 +239,19 @@ def test_sharing_with_nobody_tells_a_server_admin_alone(edits: TaskEdits, task: 
         edits.share(OPERATOR, "acme:one", "nobody")
     with pytest.raises(InvalidRequest, match="own"):
         edits.share(OWNER, "one", "acme")
+    with pytest.raises(InvalidRequest, match="a tenant's name matches"):
+        edits.share(OWNER, "one", "No:Body")
+
+
+def test_a_task_is_shared_with_a_limited_number_of_tenants(
+    edits: TaskEdits, task: TaskRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("polyrex.server.registry.edits.MOST_SHARES", 2)
+    edits.share(OWNER, "one", "first")
+    edits.share(OWNER, "one", "second")
+    with pytest.raises(InvalidRequest, match="at most 2 shares"):
+        edits.share(OWNER, "one", "third")
+    assert edits.share(OWNER, "one", "first").shared_with == ("first", "second")
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
