@@ -25,6 +25,8 @@ from .storage.sqlite import Sqlite
 
 _TURN_SECONDS = 20.0  # that a change may wait for those before it
 _LOCKED = select(state.c.revision).where(state.c.id == 1).with_for_update()
+_ADVANCED = update(state)  # its one row
+_RECORDED = insert(audit)
 
 
 @dataclass
@@ -55,7 +57,7 @@ class Change:
             "subject_id": str(subject_id),
             **fields,
         }
-        self.connection.execute(insert(audit), row)
+        self.connection.execute(_RECORDED, row)
         return self.revision
 
 
@@ -111,7 +113,7 @@ class Database:
             change = Change(connection, principal, connection.execute(_LOCKED).scalar_one())
             yield change
             if change.recorded:
-                connection.execute(update(state).values(revision=change.revision))
+                connection.execute(_ADVANCED, {"revision": change.revision})
                 self._backend.announce(connection, change.revision)
                 self._commit(connection, change)
 

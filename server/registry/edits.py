@@ -61,7 +61,8 @@ class TaskEdits:
             if task.deleted is None:
                 return None
             owner = select(tenants).where(tenants.c.id == task.tenant_id)
-            check_tasks_quota(change.connection, change.connection.execute(owner).one())
+            tenant = change.connection.execute(owner).one()
+            check_tasks_quota(change.connection, tenant.id, tenant.quotas)
             return {"deleted": None}
 
         return self._edit(asker, name, expected, "undelete", edit, deleted=True)

@@ -9,7 +9,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, delete, func, insert, select, update
+from sqlalchemy import (
+    Connection,
+    Row,
+    Select,
+    and_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    select,
+    update,
+)
 
 from polyrex.adapters.errors import MalformedFile, TaskExists, UnknownTask
 from polyrex.adapters.files.router import Router
@@ -18,10 +29,44 @@ from polyrex.server.errors import IdempotencyMismatch, QuotaExceeded
 from .database import Change
 from .records import TaskRecord, VersionRecord
 from .routers import delete_versions, store_router
-from .rows import Expected, TaskRow, check_expected, is_live, load_task, load_version
+from .rows import IS_CURRENT, Expected, check_expected, is_live, load_task, load_version
 from .schema import aliases, idempotency, shares, tasks, tenants, versions
 
 _IDEMPOTENCY_SECONDS = 24 * 3600
+
+_FOUND: Select[Any] = (
+    select(
+        tenants.c.id.label("tenant_id"),
+        tenants.c.quotas,
+        *(tasks.c[name] for name in ("id", "changed", "last_version", "current_version")),
+        tasks.c.deleted,
+        tasks.c.labels,
+        versions.c.router_sha256,  # of the current version
+    )
+    .select_from(
+        tenants.outerjoin(
+            tasks, and_(tasks.c.tenant_id == tenants.c.id, tasks.c.name == bindparam("task"))
+        ).outerjoin(versions, IS_CURRENT)
+    )
+    .where(tenants.c.name == bindparam("tenant"))
+)
+_NEW_TASK = insert(tasks).returning(tasks.c.id)
+_NEW_VERSION = insert(versions)
+_SET = update(tasks).where(tasks.c.id == bindparam("task_id"))
+_NAMED = select(aliases.c.version).where(aliases.c.task_id == bindparam("task_id"))
+_CANARY = select(tasks.c.canary_version).where(
+    tasks.c.id == bindparam("task_id"), tasks.c.canary_version.is_not(None)
+)
+_PRUNABLE = select(versions.c.version).where(
+    versions.c.task_id == bindparam("task_id"),
+    versions.c.version <= bindparam("last"),
+    versions.c.version.not_in(_NAMED),
+    versions.c.version.not_in(_CANARY),
+)
+
+Found = Row[Any]
+"""A tenant, and its task of some name: the columns of `_FOUND`; `id` is None where there is none.
+"""
 
 
 @dataclass(frozen=True)
@@ -67,85 +112,80 @@ def check_text(router: Router, source: str) -> None:
 def register_in(change: Change, wanted: Registration) -> Registered:
     """Register, as `TaskRegistry.register` describes it."""
     connection = change.connection
-    tenant = connection.execute(
-        select(tenants).where(tenants.c.name == wanted.tenant)
-    ).one_or_none()
-    if tenant is None:
+    named = {"tenant": wanted.tenant, "task": wanted.name}
+    found = connection.execute(_FOUND, named).one_or_none()
+    if found is None:
         raise UnknownTask
     if wanted.idempotency_key is not None:
-        before = _registered_before(connection, tenant.id, wanted)
+        before = _registered_before(connection, found.tenant_id, wanted)
         if before is not None:
             return before
-    is_it = and_(tasks.c.tenant_id == tenant.id, tasks.c.name == wanted.name)
-    row = connection.execute(select(tasks).where(is_it)).one_or_none()
-    live = row is not None and row.current_version is not None and row.deleted is None
-    check_expected(wanted.expected, row.changed if row is not None and live else None)
-    if row is not None and live:
-        task_id, number = row.id, _with_live(change, tenant, row, wanted)
+    live = found.current_version is not None and found.deleted is None
+    check_expected(wanted.expected, found.changed if live else None)
+    if live:
+        task_id, number = found.id, _with_live(change, found, wanted)
     else:
-        task_id, number = _without_live(change, tenant, row, wanted)
+        task_id, number = _without_live(change, found, wanted)
     if wanted.idempotency_key is not None:
-        _remember(change, tenant.id, wanted, (task_id, number, not live))
+        _remember(change, found.tenant_id, wanted, (task_id, number, not live))
     return _registered(connection, task_id, number, created=not live)
 
 
-def _with_live(change: Change, tenant: Row[Any], row: TaskRow, wanted: Registration) -> int:
+def _with_live(change: Change, found: Found, wanted: Registration) -> int:
     """Where the task is there: nothing, other labels, or the next version; the version's number."""
-    current = load_version(change.connection, row.id, row.current_version)
-    assert current is not None
-    same = current.router_sha256 == wanted.router.sha256
-    same_labels = wanted.labels is None or dict(wanted.labels) == row.labels
+    current = found.router_sha256.hex()
+    same = current == wanted.router.sha256
+    same_labels = wanted.labels is None or dict(wanted.labels) == found.labels
     if not (same and same_labels) and not wanted.replace:
-        what = "other labels" if same else f"another router (sha256 {current.router_sha256})"
+        what = "other labels" if same else f"another router (sha256 {current})"
         raise TaskExists(f"task {wanted.name} exists with {what}")
     if not same:
-        return _add_version(change, tenant, row, wanted)
-    number: int = row.current_version
+        return _add_version(change, found, found.id, wanted)
+    number: int = found.current_version
     if store_router(change.connection, wanted.data):
-        change.record("repair", "task", row.id, version=number)
+        change.record("repair", "task", found.id, version=number)
     if not same_labels:
-        changed = change.record("label", "task", row.id)
+        changed = change.record("label", "task", found.id)
         values = {"labels": dict(wanted.labels or {}), "changed": changed}
-        change.connection.execute(update(tasks).where(tasks.c.id == row.id).values(values))
+        change.connection.execute(_SET, {"task_id": found.id} | values)
     return number
 
 
-def _without_live(
-    change: Change, tenant: Row[Any], row: TaskRow | None, wanted: Registration
-) -> tuple[int, int]:
+def _without_live(change: Change, found: Found, wanted: Registration) -> tuple[int, int]:
     """A new task, or a deleted one that begins again; its id, and its version's number."""
     connection = change.connection
     if not wanted.shipped:
-        check_tasks_quota(connection, tenant)
+        check_tasks_quota(connection, found.tenant_id, found.quotas)
     fresh = {"created": time.time(), "labels": dict(wanted.labels or {})}
-    if row is None:
-        named = {"tenant_id": tenant.id, "name": wanted.name, "last_version": 0, "changed": 0}
-        inserted = insert(tasks).values(named | fresh).returning(tasks)
-        row = connection.execute(inserted).one()
+    task_id: int
+    if found.id is None:
+        named = {"tenant_id": found.tenant_id, "name": wanted.name, "last_version": 0, "changed": 0}
+        task_id = connection.execute(_NEW_TASK, named | fresh).scalar_one()
     else:
+        task_id = found.id
         for table in (aliases, shares):
-            connection.execute(delete(table).where(table.c.task_id == row.id))
+            connection.execute(delete(table).where(table.c.task_id == task_id))
         cleared = {"deleted": None, "canary_version": None, "canary_share": None}
-        connection.execute(update(tasks).where(tasks.c.id == row.id).values(cleared | fresh))
-    return row.id, _add_version(change, tenant, row, wanted)
+        connection.execute(_SET, {"task_id": task_id} | cleared | fresh)
+    return task_id, _add_version(change, found, task_id, wanted)
 
 
-def _add_version(change: Change, tenant: Row[Any], row: TaskRow, wanted: Registration) -> int:
+def _add_version(change: Change, found: Found, task_id: int, wanted: Registration) -> int:
     """Insert the next version of a task and make it the current one; returns its number."""
     connection = change.connection
     if not wanted.shipped:
-        _check_bytes_quota(connection, tenant, len(wanted.data))
+        _check_bytes_quota(connection, found, len(wanted.data))
     store_router(connection, wanted.data)
-    number: int = row.last_version + 1
+    number: int = (found.last_version or 0) + 1
     digest = bytes.fromhex(wanted.router.sha256)
-    connection.execute(insert(versions), version_row(row.id, number, wanted))
-    changed = change.record("register", "task", row.id, version=number, router_sha256=digest)
+    connection.execute(_NEW_VERSION, version_row(task_id, number, wanted))
+    changed = change.record("register", "task", task_id, version=number, router_sha256=digest)
     values: dict[str, Any] = {"current_version": number, "last_version": number}
     values["changed"] = changed
     if wanted.labels is not None:
         values["labels"] = dict(wanted.labels)
-    connection.execute(update(tasks).where(tasks.c.id == row.id).values(values))
-    _prune(change, row.id, number - wanted.keep_versions)
+    connection.execute(_SET, {"task_id": task_id} | values)
+    _prune(change, task_id, number - wanted.keep_versions)
     return number
 
 
@@ -173,39 +213,32 @@ def _prune(change: Change, task_id: int, last: int) -> None:
     if last < 1:
         return
     connection = change.connection
-    named = select(aliases.c.version).where(aliases.c.task_id == task_id)
-    canary = select(tasks.c.canary_version).where(
-        tasks.c.id == task_id, tasks.c.canary_version.is_not(None)
-    )
-    prunable = and_(
-        versions.c.task_id == task_id,
-        versions.c.version <= last,
-        versions.c.version.not_in(named),
-        versions.c.version.not_in(canary),
-    )
-    for number in connection.execute(select(versions.c.version).where(prunable)).scalars().all():
+    prunable = connection.execute(_PRUNABLE, {"task_id": task_id, "last": last}).scalars().all()
+    for number in prunable:
         delete_versions(connection, task_id, [number])
         change.record("prune", "task", task_id, version=number)
 
 
-def check_tasks_quota(connection: Connection, tenant: Row[Any]) -> None:
-    """Raise QuotaExceeded where a tenant, a row of `tenants`, has no room for another task."""
-    most = tenant.quotas.get("tasks")
+def check_tasks_quota(
+    connection: Connection, tenant_id: int, quotas: Mapping[str, int | None]
+) -> None:
+    """Raise QuotaExceeded where a tenant has no room for another task."""
+    most = quotas.get("tasks")
     if most is None:
         return
-    counted = select(func.count()).where(tasks.c.tenant_id == tenant.id, is_live())
+    counted = select(func.count()).where(tasks.c.tenant_id == tenant_id, is_live())
     if connection.execute(counted).scalar_one() >= most:
         raise QuotaExceeded(f"the tenant has as many tasks as it may have, {most}")
 
 
-def _check_bytes_quota(connection: Connection, tenant: Row[Any], size: int) -> None:
-    most = tenant.quotas.get("bytes")
+def _check_bytes_quota(connection: Connection, found: Found, size: int) -> None:
+    most = found.quotas.get("bytes")
     if most is None:
         return
     summed = (
         select(func.coalesce(func.sum(versions.c.size_bytes), 0))
         .join_from(versions, tasks, versions.c.task_id == tasks.c.id)
-        .where(tasks.c.tenant_id == tenant.id)
+        .where(tasks.c.tenant_id == found.tenant_id)
     )
     if connection.execute(summed).scalar_one() + size > most:
         raise QuotaExceeded(f"the tenant's versions may have {most} bytes together")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-from sqlalchemy import Connection, and_, delete, exists, insert, select, update
+from sqlalchemy import BindParameter, Connection, bindparam, delete, exists, insert, select, update
 
 from polyrex.adapters.errors import FileError, InventoryMismatch
 from polyrex.adapters.files.inventory import Inventory
@@ -14,32 +15,45 @@ from polyrex.adapters.files.tensor_file import sha256
 from polyrex.server.errors import TaskDamaged
 
 from .memory.index import Entry
-from .rows import version_record
+from .rows import IS_VERSION, version_record
 from .schema import routers, versions
+
+_DIGEST: BindParameter[Any] = bindparam("digest")
+_DATA = select(routers.c.data).where(routers.c.sha256 == _DIGEST)
+_STORED = insert(routers)
+_REPAIRED = update(routers).where(routers.c.sha256 == _DIGEST)
+_DIGEST_OF = select(versions.c.router_sha256).where(IS_VERSION)
+_VERSION_DELETED = delete(versions).where(IS_VERSION)
+_UNUSED_DELETED = delete(routers).where(
+    routers.c.sha256 == _DIGEST, ~exists().where(versions.c.router_sha256 == _DIGEST)
+)
+_VERSION_WITH_DATA = (
+    select(versions, routers.c.data)
+    .select_from(versions.outerjoin(routers, routers.c.sha256 == versions.c.router_sha256))
+    .where(IS_VERSION)
+)
 
 
 def store_router(connection: Connection, data: bytes) -> bool:
     """Store a router's bytes; False where they were there already, undamaged."""
     digest = bytes.fromhex(sha256(data))
-    is_it = routers.c.sha256 == digest
-    found = connection.execute(select(routers.c.data).where(is_it)).scalar_one_or_none()
+    found = connection.execute(_DATA, {"digest": digest}).scalar_one_or_none()
     if found == data:
         return False
     if found is None:
-        connection.execute(insert(routers), {"sha256": digest, "data": data})
+        connection.execute(_STORED, {"sha256": digest, "data": data})
     else:
-        connection.execute(update(routers).where(is_it).values(data=data))
+        connection.execute(_REPAIRED, {"digest": digest, "data": data})
     return True
 
 
 def delete_versions(connection: Connection, task_id: int, numbers: Iterable[int]) -> None:
     """Delete versions of a task, and the routers that no version has any more."""
     for number in numbers:
-        is_it = and_(versions.c.task_id == task_id, versions.c.version == number)
-        digest = connection.execute(select(versions.c.router_sha256).where(is_it)).scalar_one()
-        connection.execute(delete(versions).where(is_it))
-        in_use = exists().where(versions.c.router_sha256 == digest)
-        connection.execute(delete(routers).where(routers.c.sha256 == digest, ~in_use))
+        is_it = {"of_task": task_id, "number": number}
+        digest = connection.execute(_DIGEST_OF, is_it).scalar_one()
+        connection.execute(_VERSION_DELETED, is_it)
+        connection.execute(_UNUSED_DELETED, {"digest": digest})
 
 
 def read_version(
@@ -50,10 +64,8 @@ def read_version(
     Raises InventoryMismatch where it was made for another inventory, TaskDamaged where its bytes
     are not those that were registered.
     """
-    is_it = and_(versions.c.task_id == entry.id, versions.c.version == number)
-    joined = versions.outerjoin(routers, routers.c.sha256 == versions.c.router_sha256)
-    statement = select(versions, routers.c.data).select_from(joined).where(is_it)
-    row = connection.execute(statement).one_or_none()
+    is_it = {"of_task": entry.id, "number": number}
+    row = connection.execute(_VERSION_WITH_DATA, is_it).one_or_none()
     if row is None:
         return None
     about = version_record(row)

@@ -6,11 +6,21 @@ index.py decides the same from memory.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, and_, exists, select
+from sqlalchemy import (
+    BindParameter,
+    ColumnElement,
+    Connection,
+    Row,
+    Select,
+    and_,
+    bindparam,
+    exists,
+    select,
+)
 
 from polyrex.adapters.errors import UnknownTask
 from polyrex.server.errors import PreconditionFailed
@@ -22,6 +32,21 @@ from .schema import aliases, shares, tasks, tenants, versions
 
 TaskRow = Row[Any]
 """A row of `tasks` with all its columns, and `tenant`, its owner's name."""
+
+
+# Statements that every registration runs are built once: building one takes as long as running it.
+# Tasks are given to them as `ids`, a version as `of_task` and `number`.
+OF_IDS: BindParameter[Any] = bindparam("ids", expanding=True)
+ALIASES = select(aliases.c.task_id, aliases.c.name, aliases.c.version).order_by(aliases.c.name)
+ALIASES_OF = ALIASES.where(aliases.c.task_id.in_(OF_IDS))
+SHARES = select(shares.c.task_id, shares.c.tenant).order_by(shares.c.tenant)
+SHARES_OF = SHARES.where(shares.c.task_id.in_(OF_IDS))
+IS_CURRENT = and_(versions.c.task_id == tasks.c.id, versions.c.version == tasks.c.current_version)
+_CURRENT_OF = select(versions).join(tasks, IS_CURRENT).where(tasks.c.id.in_(OF_IDS))
+IS_VERSION = (versions.c.task_id == bindparam("of_task")) & (
+    versions.c.version == bindparam("number")
+)
+_VERSION = select(versions).where(IS_VERSION)
 
 
 class Existence(Enum):
@@ -90,6 +115,9 @@ def select_task() -> Select[Any]:
     )
 
 
+_TASKS_OF = select_task().where(tasks.c.id.in_(OF_IDS))
+
+
 def _row(connection: Connection, asker: Principal, reference: Reference) -> TaskRow | None:
     owner = reference.tenant or asker.tenant
     wanted = and_(tenants.c.name == owner, tasks.c.name == reference.name)
@@ -115,8 +143,7 @@ def _is_shared(connection: Connection, asker: Principal, row: TaskRow) -> bool:
 
 def load_task(connection: Connection, task_id: int) -> TaskRecord | None:
     """A task as it stands, deleted or not; None where it has no current version."""
-    statement = select_task().where(tasks.c.id == task_id)
-    found = load_tasks(connection, connection.execute(statement).all())
+    found = load_tasks(connection, connection.execute(_TASKS_OF, {"ids": [task_id]}).all())
     return found[0] if found else None
 
 
@@ -126,12 +153,13 @@ def load_tasks(connection: Connection, rows: Sequence[TaskRow]) -> list[TaskReco
     It asks as often for a thousand rows as for one.
     """
     ids = [row.id for row in rows]
-    current = _current_versions(connection, ids)
+    of_ids = connection.execute(_CURRENT_OF, {"ids": ids})
+    current = {row.task_id: version_record(row) for row in of_ids}
     named: defaultdict[int, dict[str, int]] = defaultdict(dict)
-    for alias in connection.execute(_of(aliases, ids).order_by(aliases.c.name)):
+    for alias in connection.execute(ALIASES_OF, {"ids": ids}):
         named[alias.task_id][alias.name] = alias.version
     shared: defaultdict[int, list[str]] = defaultdict(list)
-    for share in connection.execute(select_shares(ids)):
+    for share in connection.execute(SHARES_OF, {"ids": ids}):
         shared[share.task_id].append(share.tenant)
     return [
         _task(row, current[row.id], named[row.id], tuple(shared[row.id]))
@@ -140,22 +168,17 @@ def load_tasks(connection: Connection, rows: Sequence[TaskRow]) -> list[TaskReco
     ]
 
 
-def select_shares(ids: Iterable[int] | None = None) -> Select[Any]:
-    """The statement that gives the names of the tenants that tasks are shared with."""
-    statement = select(shares.c.task_id, shares.c.tenant).order_by(shares.c.tenant)
-    return statement if ids is None else statement.where(shares.c.task_id.in_(ids))
-
-
 def load_version(connection: Connection, task_id: int, version: int) -> VersionRecord | None:
     """One version of a task; None where it never was, or is gone."""
-    wanted = and_(versions.c.task_id == task_id, versions.c.version == version)
-    row = connection.execute(select(versions).where(wanted)).one_or_none()
+    wanted = {"of_task": task_id, "number": version}
+    row = connection.execute(_VERSION, wanted).one_or_none()
     return None if row is None else version_record(row)
 
 
 def load_versions(connection: Connection, task_id: int) -> list[VersionRecord]:
     """The versions of a task that are kept, in the order of their numbers."""
-    statement = _of(versions, [task_id]).order_by(versions.c.version)
+    is_of_task = versions.c.task_id == task_id
+    statement = select(versions).where(is_of_task).order_by(versions.c.version)
     return [version_record(row) for row in connection.execute(statement)]
 
 
@@ -186,18 +209,6 @@ def version_record(row: Row[Any]) -> VersionRecord:
         provenance=row.provenance,
         scores=row.scores,
     )
-
-
-def _of(table: Any, ids: Sequence[int]) -> Select[Any]:
-    return select(table).where(table.c.task_id.in_(ids))
-
-
-def _current_versions(connection: Connection, ids: Sequence[int]) -> dict[int, VersionRecord]:
-    is_current = and_(
-        versions.c.task_id == tasks.c.id, versions.c.version == tasks.c.current_version
-    )
-    statement = select(versions).join(tasks, is_current).where(tasks.c.id.in_(ids))
-    return {row.task_id: version_record(row) for row in connection.execute(statement)}
 
 
 def _task(

@@ -11,21 +11,47 @@ import sys
 import threading
 from bisect import bisect_left, bisect_right, insort
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from itertools import islice
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Row, Select, and_, select
+from sqlalchemy import Connection, Executable, Row, select
 
 from polyrex.adapters.errors import UnknownTask
 from polyrex.server.registry.names import Reference
 from polyrex.server.registry.principal import Principal, Role
 from polyrex.server.registry.records import Canary
-from polyrex.server.registry.rows import is_live, select_shares
-from polyrex.server.registry.schema import aliases, tasks, tenants, versions
+from polyrex.server.registry.rows import (
+    ALIASES,
+    ALIASES_OF,
+    IS_CURRENT,
+    OF_IDS,
+    SHARES,
+    SHARES_OF,
+    is_live,
+)
+from polyrex.server.registry.schema import tasks, tenants, versions
 
 from .cache import VersionCache
+
+_LIVE = (
+    select(
+        tasks.c.id,
+        tenants.c.name.label("tenant"),
+        tasks.c.name,
+        tasks.c.current_version,
+        tasks.c.last_version,
+        tasks.c.created,
+        tasks.c.canary_version,
+        tasks.c.canary_share,
+        versions.c.inventory_sha256,
+    )
+    .select_from(tasks.join(tenants, tasks.c.tenant_id == tenants.c.id).join(versions, IS_CURRENT))
+    .where(is_live())
+    .order_by(tasks.c.tenant_id, tasks.c.name)
+)
+_LIVE_OF = _LIVE.where(tasks.c.id.in_(OF_IDS))
 
 
 class Entry(NamedTuple):
@@ -150,12 +176,12 @@ def load_entries(
     connection: Connection, inventory_sha256: str, ids: Collection[int] | None = None
 ) -> Iterator[Entry]:
     """The live ones of some tasks, or of all, in the order of their names."""
-    named = _grouped(connection, _aliases(ids))
-    shared = _grouped(connection, select_shares(ids))
-    statement = _live_tasks()
-    if ids is not None:
-        statement = statement.where(tasks.c.id.in_(ids))
-    for row in connection.execute(statement.execution_options(yield_per=10_000)):
+    every = ids is None
+    of_ids = {} if ids is None else {"ids": list(ids)}
+    named = _grouped(connection, ALIASES if every else ALIASES_OF, of_ids)
+    shared = _grouped(connection, SHARES if every else SHARES_OF, of_ids)
+    live = _LIVE.execution_options(yield_per=10_000) if every else _LIVE_OF
+    for row in connection.execute(live, of_ids):
         canary = None
         if row.canary_version is not None:
             canary = Canary(row.canary_version, row.canary_share)
@@ -173,39 +199,12 @@ def load_entries(
         )
 
 
-def _live_tasks() -> Select[Any]:
-    is_current = and_(
-        versions.c.task_id == tasks.c.id, versions.c.version == tasks.c.current_version
-    )
-    columns = (
-        tasks.c.id,
-        tenants.c.name.label("tenant"),
-        tasks.c.name,
-        tasks.c.current_version,
-        tasks.c.last_version,
-        tasks.c.created,
-        tasks.c.canary_version,
-        tasks.c.canary_share,
-        versions.c.inventory_sha256,
-    )
-    joined = tasks.join(tenants, tasks.c.tenant_id == tenants.c.id).join(versions, is_current)
-    return (
-        select(*columns)
-        .select_from(joined)
-        .where(is_live())
-        .order_by(tasks.c.tenant_id, tasks.c.name)
-    )
-
-
-def _aliases(ids: Collection[int] | None) -> Select[Any]:
-    statement = select(aliases.c.task_id, aliases.c.name, aliases.c.version)
-    return statement if ids is None else statement.where(aliases.c.task_id.in_(ids))
-
-
-def _grouped(connection: Connection, statement: Select[Any]) -> dict[int, list[Row[Any]]]:
+def _grouped(
+    connection: Connection, statement: Executable, parameters: Mapping[str, Any]
+) -> dict[int, list[Row[Any]]]:
     """Rows by the id of their task, which is their first column."""
     found: dict[int, list[Row[Any]]] = {}
-    for row in connection.execute(statement):
+    for row in connection.execute(statement, parameters):
         found.setdefault(row[0], []).append(row)
     return found
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sqlalchemy import Connection, and_, select
+from sqlalchemy import Connection, bindparam, select
 
 from polyrex.server.registry.schema import audit
 
@@ -24,6 +24,13 @@ class AuditRow(NamedTuple):
     subject: str  # task, tenant or key
     subject_id: str
     version: int | None
+
+
+_CHANGES = (
+    select(*(audit.c[name] for name in AuditRow._fields))
+    .where(audit.c.revision.between(bindparam("first"), bindparam("last")))
+    .order_by(audit.c.revision)
+)
 
 
 class Position(NamedTuple):
@@ -51,10 +58,8 @@ class Position(NamedTuple):
         """The rows of the audit from here on; None where all must be read anew."""
         if not 0 <= self.revision <= revision <= self.revision + _MOST_BEHIND:
             return None
-        columns = [audit.c[name] for name in AuditRow._fields]
-        since = and_(audit.c.revision >= self.revision, audit.c.revision <= revision)
-        rows = connection.execute(select(*columns).where(since).order_by(audit.c.revision))
-        found = [AuditRow(*row) for row in rows]
+        between = {"first": self.revision, "last": revision}
+        found = [AuditRow(*row) for row in connection.execute(_CHANGES, between)]
         ours = [row.change for row in found if row.revision == self.revision]
         if ours != ([self.change] if self.change else []):
             return None  # the database was restored from a copy, and has changed since
