@@ -22,8 +22,7 @@ _DIGEST: BindParameter[Any] = bindparam("digest")
 _DATA = select(routers.c.data).where(routers.c.sha256 == _DIGEST)
 _STORED = insert(routers)
 _REPAIRED = update(routers).where(routers.c.sha256 == _DIGEST)
-_DIGEST_OF = select(versions.c.router_sha256).where(IS_VERSION)
-_VERSION_DELETED = delete(versions).where(IS_VERSION)
+_DELETED = delete(versions).where(IS_VERSION).returning(versions.c.router_sha256)
 _UNUSED_DELETED = delete(routers).where(
     routers.c.sha256 == _DIGEST, ~exists().where(versions.c.router_sha256 == _DIGEST)
 )
@@ -51,8 +50,7 @@ def delete_versions(connection: Connection, task_id: int, numbers: Iterable[int]
     """Delete versions of a task, and the routers that no version has any more."""
     for number in numbers:
         is_it = {"of_task": task_id, "number": number}
-        digest = connection.execute(_DIGEST_OF, is_it).scalar_one()
-        connection.execute(_VERSION_DELETED, is_it)
+        digest = connection.execute(_DELETED, is_it).scalar_one()
         connection.execute(_UNUSED_DELETED, {"digest": digest})
 
 
