@@ -33,6 +33,7 @@ class _Run:
     routers: Routers
     operations: int  # that are wanted
     with_revisions: bool
+    one_writes: bool
     history: list[Operation] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     newest: int = 0  # revision that any client was told of
@@ -47,7 +48,10 @@ class _Run:
                 task = f"register-{chosen.randrange(TASKS)}"
                 kind = chosen.choices(list(Kind), weights=(40, 50, 10))[0]
                 try:
-                    self.history.append(self._operate(chosen.choice((one, two)), kind, task))
+                    client = chosen.choice((one, two))
+                    if self.one_writes and kind is not Kind.get:
+                        client = one
+                    self.history.append(self._operate(client, kind, task))
                 except Exception as error:
                     self.errors.append(f"{kind} {task}: {type(error).__name__} {error}")
 
@@ -88,19 +92,21 @@ def history(
     operations: int,
     with_revisions: bool,
     within: float = 1.0,
+    one_writes: bool = False,
     defects: Sequence[str] = (),
 ) -> Result:
     """Record so many operations, and look for an order that explains them.
 
     `url`: an empty registry on PostgreSQL. `within`: seconds that a get without a revision may be
-    behind.
+    behind. `one_writes`: the second replica is asked to read alone; what it writes itself would
+    tell it of the other's changes, however deaf it is.
     """
     with (
         forks.serving(url, defects=defects) as first,
         forks.serving(url, defects=defects) as second,
     ):
         routers = Routers(forks.small.read_inventory())
-        run = _Run((first, second), routers, operations, with_revisions)
+        run = _Run((first, second), routers, operations, with_revisions, one_writes)
         threads = [threading.Thread(target=run.client, args=(seed,)) for seed in range(CLIENTS)]
         for thread in threads:
             thread.start()
