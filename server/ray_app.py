@@ -19,6 +19,8 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
 
 from polyrex.server.cli.main import COMMANDS
 from polyrex.server.cli.settings import EVERY_OPTION, PREFIX, sources
@@ -32,6 +34,7 @@ MOST_REPLICAS = 7
 """Each has 13 connections at most, and PostgreSQL has 97 for all of them by default."""
 STOP_SECONDS = 10
 """What an engine may take to stop, once the requests of its replica have ended."""
+_SECRETS = ("password", "sslpassword")  # of PostgreSQL's parameters
 _ANYWHERE = "0.0.0.0"  # Ray's proxies listen where Serve's http_options say: it may be anywhere
 
 
@@ -40,6 +43,7 @@ def app(args: Mapping[str, Any]) -> Application:
 
     Raises StartError where a setting is wrong, or where replicas could not share a registry.
     """
+    _check_secrets(args)
     launch = read_launch(args)
     if not (launch.registry.url or "").startswith("postgresql"):
         raise StartError(
@@ -118,6 +122,25 @@ def read_launch(args: Mapping[str, Any]) -> Launch:
     keys = read_key_digests(launch.api_key_file) if launch.api_key_file else ()
     check_exposure(_ANYWHERE, keys=bool(keys), insecure=launch.insecure)
     return replace(launch, server=replace(launch.server, host=_ANYWHERE, api_key_digests=keys))
+
+
+def _check_secrets(args: Mapping[str, Any]) -> None:
+    """Raise StartError where arguments hold a database's password: Ray logs and shows them."""
+    for flag in _flags(args):
+        name, _, value = flag.partition("=")
+        if name == "--registry.url" and _holds_password(value):
+            raise StartError(
+                "registry.url holds a password, and Ray shows arguments in its dashboard: give the"
+                f" URL in {PREFIX}SERVE_REGISTRY_URL, or the password in PGPASSWORD or ~/.pgpass"
+            )
+
+
+def _holds_password(address: str) -> bool:
+    try:
+        url = make_url(address)
+    except ArgumentError:  # told where it is opened
+        return False
+    return url.password is not None or not url.query.keys().isdisjoint(_SECRETS)
 
 
 def _flags(args: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -4,6 +4,7 @@ databases."""
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -37,11 +38,13 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how many tests did not run for want of PostgreSQL."""
+    """Say what did not run for want of PostgreSQL, gcc, Ray, or whatever else is not installed."""
     skipped = terminalreporter.stats.get("skipped", ())
-    count = sum(NOT_INSTALLED in str(report.longrepr) for report in skipped)
-    if count:
-        terminalreporter.write_line(f"{count} tests did not run: {NOT_INSTALLED}", red=True)
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    for reason, count in reasons.items():
+        if "is not installed" in reason:  # of a file that is skipped, its tests are not known
+            line = f"{count} tests, or files of tests, did not run: {reason}"
+            terminalreporter.write_line(line, red=True)
 
 
 @pytest.fixture(scope="session")

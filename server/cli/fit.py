@@ -19,7 +19,7 @@ from polyrex.adapters.errors import DataError
 from polyrex.adapters.rows import read_rows
 from polyrex.server.config import FLAT
 
-from .remote.connection import Connection
+from .remote.connection import CommandFailed, Connection, read_answer
 
 Event = dict[str, Any]
 
@@ -57,6 +57,9 @@ def fit(
         except httpx.TransportError as error:
             print(f"polyrex fit: {client.base_url}: {error}", file=sys.stderr)
             return 1
+        except CommandFailed as error:
+            print(f"polyrex fit: {error}", file=sys.stderr)
+            return 1
     if as_json or not sys.stdout.isatty():
         print(json.dumps(last, indent=2))
         print(_summary(last), file=sys.stderr)
@@ -77,7 +80,8 @@ def _events(client: httpx.Client, path: str, body: dict[str, Any]) -> Iterator[E
     """The events of a fit; the last is an error's body if the server refuses."""
     with client.stream("POST", path, json=body, timeout=_PATIENT) as response:
         if response.is_error:
-            yield json.loads(response.read())
+            response.read()
+            yield read_answer(response)
             return
         for line in response.iter_lines():
             if line.startswith("data: {"):

@@ -13,7 +13,7 @@ from polyrex.server.config import FLAT, default_tasks_folder
 from polyrex.server.registry.archive.checking import check as find_faults
 from polyrex.server.registry.archive.copying import backup as write_backup
 from polyrex.server.registry.archive.copying import export as write_export
-from polyrex.server.registry.archive.importing import import_file
+from polyrex.server.registry.archive.importing import import_file, some_names
 from polyrex.server.registry.database import Database, folder_url
 
 from .settings import EVERY_OPTION, PREFIX
@@ -110,9 +110,11 @@ def import_tasks(
 ) -> None:
     """Add the tenants and tasks of an export, or of a backup: all of them, or none.
 
-    Where a task of the same name has another router, nothing is imported. A file must not be in
-    use; servers that share PostgreSQL may run.
+    Where a task of the same name has another router, nothing is imported. A task that is dropped
+    here stays so. A file must not be in use; servers that share PostgreSQL may run.
     """
     with place.open(serving=True) as database:
         done = import_file(database, file)
     print(f"{done.tasks} tasks and {done.tenants} tenants added, {done.unchanged} tasks unchanged")
+    if done.dropped:
+        print(f"dropped here, and left so: {some_names(done.dropped)}")

@@ -19,6 +19,7 @@ from polyrex.server.registry.edits import TaskEdits
 from polyrex.server.registry.registry import TaskRegistry
 from polyrex.server.registry.tenants.directory import Directory
 from polyrex.server.requests.admission import Gate, Readiness
+from polyrex.server.requests.database_calls import DatabaseCalls
 from polyrex.server.requests.fitting import Fitter
 from polyrex.server.requests.metrics import Metrics
 from polyrex.server.requests.prepare import RequestPreparer
@@ -36,6 +37,8 @@ from .routes import fit, health, lora, openai, tasks, tenants, versions
 logger = logging.getLogger(__name__)
 
 _PURGE_SECONDS = 3600
+_MOST_READS = 1024  # more than there are completions, whose routers may have to be read
+_MOST_WRITES = 256  # each holds a body
 
 
 def create_app(
@@ -54,19 +57,22 @@ def create_app(
     directory = Directory(registry.database)
     registry.on_change(directory.follow)
     text = Tokenizer(tokenizer)
+    reads, writes = DatabaseCalls(_MOST_READS), DatabaseCalls(_MOST_WRITES)
     context = AppContext(
         config=config,
         engine=engine,
         registry=registry,
+        reads=reads,
+        writes=writes,
         tokenizer=text,
-        preparer=RequestPreparer(config.model, registry, text, engine, intuition),
+        preparer=RequestPreparer(config.model, registry, reads, text, engine, intuition),
         metrics=Metrics(engine, registry, gate),
         gate=gate,
         edits=TaskEdits(registry),
         directory=directory,
         quotas=TenantQuotas(directory),
         readiness=Readiness(),
-        fitter=Fitter(config.model, registry, config.fit_device),
+        fitter=Fitter(config.model, registry, reads, writes, config.fit_device),
     )
     app = FastAPI(
         title="polyrex", version=version("polyrex"), lifespan=_lifespan, redirect_slashes=False
@@ -98,7 +104,13 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         stopping.set()  # and not cancelled: its thread may have the database in use
         await asyncio.gather(starting, purging, return_exceptions=True)
         await context.engine.stop()
-        await asyncio.to_thread(context.registry.close)
+        await asyncio.to_thread(_close, context)
+
+
+def _close(context: AppContext) -> None:
+    for calls in (context.reads, context.writes):
+        calls.close()
+    context.registry.close()
 
 
 async def _start(context: AppContext) -> None:
@@ -118,5 +130,7 @@ async def _purge(context: AppContext, stopping: asyncio.Event) -> None:
             await asyncio.to_thread(context.edits.purge, time.time() - kept)
         except StorageError as error:
             logger.warning("dropped tasks are not purged: %s", error)
+        except Exception:  # this purge is not the last one
+            logger.exception("dropped tasks are not purged")
         with suppress(TimeoutError):
             await asyncio.wait_for(stopping.wait(), _PURGE_SECONDS)

@@ -100,6 +100,16 @@ RegisterConditions = Annotated[Conditions, Depends(_of_registration)]
 EditCondition = Annotated[Expected, Depends(_of_edit)]
 
 
+async def _none(request: Request) -> None:
+    for name in ("If-Match", "If-None-Match", "Idempotency-Key"):
+        if name in request.headers:
+            raise InvalidRequest(f"{name} is for the routes of tasks; this one knows none", name)
+
+
+UNCONDITIONAL = Depends(_none)
+"""Refuses the headers of a condition where none is heeded: a client that sends one relies on it."""
+
+
 async def _reached(
     context: Context,
     x_polyrex_min_revision: Annotated[

@@ -16,6 +16,7 @@ from polyrex.server.registry.principal import Principal
 from polyrex.server.registry.registry import TaskRegistry
 from polyrex.server.registry.tenants.directory import Directory
 from polyrex.server.requests.admission import Gate, Readiness
+from polyrex.server.requests.database_calls import DatabaseCalls
 from polyrex.server.requests.fitting import Fitter
 from polyrex.server.requests.metrics import Metrics
 from polyrex.server.requests.prepare import RequestPreparer
@@ -25,11 +26,17 @@ from polyrex.server.requests.text import Tokenizer
 
 @dataclass(frozen=True)
 class AppContext:
-    """The parts of one application. Only routes read it; they pass on what is needed below."""
+    """The parts of one application. Only routes read it; they pass on what is needed below.
+
+    Whatever may ask the database goes through `reads` or `writes`, so that none of it keeps the
+    event loop waiting, or the completions of tasks that are in memory.
+    """
 
     config: ServerConfig
     engine: Engine
     registry: TaskRegistry
+    reads: DatabaseCalls
+    writes: DatabaseCalls
     tokenizer: Tokenizer
     preparer: RequestPreparer
     metrics: Metrics
@@ -43,8 +50,12 @@ class AppContext:
 
     def check_name(self, task: str) -> None:
         """Raise InvalidRequest where a new task would have the base model's name."""
-        if task == self.config.model:
+        if self.is_base(task):
             raise InvalidRequest(f"{task!r} is the base model's name", "name")
+
+    def is_base(self, task: str) -> bool:
+        """Whether a task's name, with its tenant or without, is that of the base model."""
+        return self.config.model in (task, task.rpartition(":")[2])
 
 
 async def _of_app(request: Request) -> AppContext:  # async: FastAPI runs others in a thread

@@ -27,7 +27,7 @@ _STATUSES: Mapping[int, str] = {
     409: "the name has another router, or the router was made for another inventory",
     412: "the task is not as If-Match or If-None-Match says",
     415: "the body's content type is not one that this route reads",
-    422: "the bytes are no router, or the Idempotency-Key came with another request before",
+    422: "no router, or the Idempotency-Key is another request's, or its task is gone",
     503: "the registry cannot be reached, or does not know the revision yet that was asked for",
     507: "the registry's database is full",
 }
@@ -55,11 +55,12 @@ def task_shape(
     """A task, as every route that shows one shows it; `served` is the server's inventory's sha256.
 
     The version shown is the current one if none is given. `counted` are the requests that this
-    server has answered, by version, since the task has its canary. Only its owner sees with whom
-    else a task is shared.
+    server has answered, by version, since the task has its canary. Only its owner sees them, and
+    with whom else the task is shared.
     """
     shown = version or task.current
     owned = asker.role is Role.server_admin or asker.tenant == task.tenant
+    counts = (counted or {}) if owned else None
     return {
         "name": task.name,
         "object": "task",
@@ -69,14 +70,16 @@ def task_shape(
         "last_version": task.last_version,
         "labels": dict(task.labels),
         "aliases": dict(task.aliases),
-        "canary": None if task.canary is None else _canary_shape(task.canary, counted or {}),
+        "canary": None if task.canary is None else _canary_shape(task.canary, counts),
         "shared_with": list(task.shared_with) if owned else [asker.tenant],
         "deleted": None if task.deleted is None else int(task.deleted),
     }
 
 
-def _canary_shape(canary: Canary, counted: Mapping[int, int]) -> Json:
-    requests = {str(version): count for version, count in sorted(counted.items())}
+def _canary_shape(canary: Canary, counted: Mapping[int, int] | None) -> Json:
+    requests = None
+    if counted is not None:
+        requests = {str(version): count for version, count in sorted(counted.items())}
     return {"version": canary.version, "share": canary.share, "requests": requests}
 
 

@@ -82,8 +82,12 @@ class Database:
 
     @property
     def health(self) -> Health:
-        """Whether the last reading and the last writing transaction worked."""
+        """Whether the last reading and the last writing transaction worked, and following does."""
         return self._watch.health
+
+    def follows(self, error: Exception | None = None) -> None:
+        """Let the health say that this server follows the registry, or what prevents it."""
+        self._watch.follows(error)
 
     @property
     def secret(self) -> bytes:

@@ -117,7 +117,7 @@ def register_in(change: Change, wanted: Registration) -> Registered:
     if found is None:
         raise UnknownTask
     if wanted.idempotency_key is not None:
-        before = _registered_before(connection, found.tenant_id, wanted)
+        before = _registered_before(change, found.tenant_id, wanted)
         if before is not None:
             return before
     live = found.current_version is not None and found.deleted is None
@@ -129,6 +129,32 @@ def register_in(change: Change, wanted: Registration) -> Registered:
     if wanted.idempotency_key is not None:
         _remember(change, found.tenant_id, wanted, (task_id, number, not live))
     return _registered(connection, task_id, number, created=not live)
+
+
+def check_before(
+    connection: Connection,
+    tenant: str,
+    name: str,
+    *,
+    replace: bool,
+    expected: Expected,
+    idempotency_key: str | None,
+) -> None:
+    """Raise what `register_in` would, as far as it is known before there is a router."""
+    found = connection.execute(_FOUND, {"tenant": tenant, "task": name}).one_or_none()
+    if found is None:
+        raise UnknownTask
+    if idempotency_key is not None:
+        of_tenant = idempotency.c.tenant_id == found.tenant_id
+        came = select(idempotency.c.at).where(of_tenant, idempotency.c.key == idempotency_key)
+        if connection.execute(came).first():
+            return  # the same router again gets the first answer, whatever has happened since
+    live = found.current_version is not None and found.deleted is None
+    check_expected(expected, found.changed if live else None)
+    if not live:
+        check_tasks_quota(connection, found.tenant_id, found.quotas)
+    elif not replace:
+        raise TaskExists(f"task {name} is there already; send replace to give it a new version")
 
 
 def _with_live(change: Change, found: Found, wanted: Registration) -> int:
@@ -244,10 +270,13 @@ def _check_bytes_quota(connection: Connection, found: Found, size: int) -> None:
         raise QuotaExceeded(f"the tenant's versions may have {most} bytes together")
 
 
-def _registered_before(
-    connection: Connection, tenant_id: int, wanted: Registration
-) -> Registered | None:
-    """What the request with this Idempotency-Key came to; None where none has come."""
+def _registered_before(change: Change, tenant_id: int, wanted: Registration) -> Registered | None:
+    """What the request with this Idempotency-Key came to; None where none has come.
+
+    Its router is repaired. Raises IdempotencyMismatch where it was another request, or what it
+    registered is not served any more.
+    """
+    connection = change.connection
     is_it = and_(idempotency.c.tenant_id == tenant_id, idempotency.c.key == wanted.idempotency_key)
     found = connection.execute(select(idempotency).where(is_it)).one_or_none()
     if found is None:
@@ -255,11 +284,19 @@ def _registered_before(
     if found.digest != wanted.digest():
         raise IdempotencyMismatch("this Idempotency-Key came before, with another request")
     try:
-        return _registered(connection, found.task_id, found.version, created=found.created_task)
+        before = _registered(connection, found.task_id, found.version, created=found.created_task)
     except LookupError as error:
         raise IdempotencyMismatch(
             "what this Idempotency-Key registered is gone; send another key"
         ) from error
+    if before.task.deleted is not None:
+        raise IdempotencyMismatch(
+            "the task that this Idempotency-Key registered was dropped since; undelete it, or send "
+            "another key"
+        )
+    if store_router(connection, wanted.data):
+        change.record("repair", "task", found.task_id, version=found.version)
+    return before
 
 
 def _remember(

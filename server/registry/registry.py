@@ -15,7 +15,7 @@ from polyrex.adapters.files.inventory import Inventory
 from polyrex.adapters.files.router import read_router
 from polyrex.adapters.files.task import TaskVersion
 from polyrex.server.config import RegistryConfig
-from polyrex.server.errors import RevisionNotReached, StorageError
+from polyrex.server.errors import InvalidRequest, RevisionNotReached, StorageError
 
 from .database import Change, Database
 from .memory.canary_counts import CanaryCounts
@@ -25,7 +25,7 @@ from .memory.news import AuditRow, News, Position
 from .names import Reference, check_labels, check_task_name
 from .principal import Principal, Role
 from .records import TaskPage, TaskRecord, VersionRecord
-from .registration import Registered, Registration, check_text, register_in
+from .registration import Registered, Registration, check_before, check_text, register_in
 from .routers import read_version
 from .rows import (
     Expected,
@@ -113,8 +113,14 @@ class TaskRegistry:
             raise UnknownTask
         return found
 
+    def pin_cached(
+        self, asker: Principal, name: str, *, sticky: str | None = None
+    ) -> TaskVersion | None:
+        """As `pin`, from memory alone; None where the database has to be asked."""
+        return self._pin(asker, Reference.parse(name), sticky, cached=True)
+
     def _pin(
-        self, asker: Principal, reference: Reference, sticky: str | None
+        self, asker: Principal, reference: Reference, sticky: str | None, *, cached: bool = False
     ) -> TaskVersion | None:
         index = self._index  # one for all that follows: a reload exchanges it
         entry = index.find(asker, reference)
@@ -122,7 +128,7 @@ class TaskRegistry:
         if number > entry.last_version:
             raise UnknownTask
         found = index.versions.get(entry.id, number)
-        if found is None:
+        if found is None and not cached:
             with self.database.read() as connection:
                 found = read_version(connection, entry, number, self.inventory)
             if found is not None:
@@ -173,9 +179,13 @@ class TaskRegistry:
         """The asker's own tasks in the order of their names, beginning behind the name `after`.
 
         `text` must be in the name or the description, whatever the case; `deleted`: only tasks
-        that can be undeleted. Raises InvalidRequest where no task could have these labels.
+        that can be undeleted. Raises InvalidRequest where no task could have these labels, or this
+        text.
         """
         check_labels(labels)
+        for param, given in (("q", text), ("after", after)):
+            if given is not None and "\0" in given:  # PostgreSQL's text has none
+                raise InvalidRequest(f"{param} holds a NUL character", param)
         wanted = [tenants.c.name == asker.tenant, _in_state(deleted=deleted)]
         wanted += [tasks.c.labels[key].as_string() == value for key, value in labels.items()]
         if after is not None:
@@ -233,6 +243,27 @@ class TaskRegistry:
         with self.change(asker) as change:
             return register_in(change, wanted)
 
+    def check_registration(
+        self,
+        asker: Principal,
+        name: str,
+        *,
+        replace: bool = False,
+        expected: Expected = None,
+        idempotency_key: str | None = None,
+    ) -> None:
+        """Raise what `register` would, as far as it is known before there is a router."""
+        owner, plain = _owner(asker, name)
+        with self.database.read() as connection:
+            check_before(
+                connection,
+                owner,
+                plain,
+                replace=replace,
+                expected=expected,
+                idempotency_key=idempotency_key,
+            )
+
     def wait_for(self, revision: int, timeout: float) -> None:
         """Wait until the index has a revision; raises RevisionNotReached."""
         if self.revision >= revision:
@@ -248,19 +279,37 @@ class TaskRegistry:
         """A change of the database that this server serves when the context ends.
 
         The index is read inside the transaction, so that nothing that can fail follows the commit.
-        Raises StorageError.
+        Where nothing was recorded, what others changed before is served at the end. Raises
+        StorageError.
         """
         with ExitStack() as held:
-            with self.database.change(asker) as change:
+            with self._begun(asker) as change:
                 yield change
-                if not change.recorded:
-                    return
-                held.enter_context(self._catching_up)
-                news = self._news(change.connection, change.revision)
+                if change.recorded:
+                    held.enter_context(self._catching_up)
+                    news = self._news(change.connection, change.revision)
+            if not change.recorded:
+                if change.revision > self.revision:
+                    self.catch_up()
+                return
             try:
                 self._take(news)
             except StorageError:  # of a listener that read something else; the follower asks again
                 logger.warning("the registry could not be followed beyond its own change")
+
+    @contextmanager
+    def _begun(self, asker: Principal) -> Iterator[Change]:
+        """A change of the database, before which an index that is far behind catches up.
+
+        Within the change, reading all anew would hold up the changes of every server.
+        """
+        with self.database.change(asker) as change:
+            if not self._position.is_far_from(change.revision):
+                yield change
+                return
+        self.catch_up()
+        with self.database.change(asker) as change:
+            yield change
 
     def catch_up(self) -> int:
         """Take what has changed in the database; returns the revision reached.

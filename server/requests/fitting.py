@@ -13,16 +13,18 @@ import sys
 import tempfile
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polyrex.adapters.errors import TaskExists, UnknownTask
 from polyrex.server.errors import FitFailed, InvalidRequest, Overloaded
 from polyrex.server.registry.principal import Principal
 from polyrex.server.registry.registration import Registered
 from polyrex.server.registry.registry import TaskRegistry
+from polyrex.server.registry.rows import Expected
 
 from .bodies import FitRequest
+from .database_calls import DatabaseCalls
 
 Event = dict[str, Any]
 """One step of a fit, as JSON: `event` says which, the worker defines the rest."""
@@ -30,45 +32,68 @@ Event = dict[str, Any]
 COMMAND = (sys.executable, "-P", "-m", "polyrex.training.fit_worker")
 
 
+@dataclass(frozen=True)
+class WantedFit:
+    """A task that somebody wants to be fitted, and what its registration depends on."""
+
+    asker: Principal
+    name: str
+    body: FitRequest
+    expected: Expected = None
+    idempotency_key: str | None = None
+
+
 class Fitter:
     """Fits one task at a time, and registers it if it beats the base model."""
 
-    def __init__(self, base: str, registry: TaskRegistry, device: str) -> None:
+    def __init__(
+        self,
+        base: str,
+        registry: TaskRegistry,
+        reads: DatabaseCalls,
+        writes: DatabaseCalls,
+        device: str,
+    ) -> None:
         """On a card, a fit takes no memory that the engine may need: the worker sees to that."""
         self._base = base
         self._device = device
         self._registry = registry
+        self._reads = reads
+        self._writes = writes
         self._busy = False
 
     @contextmanager
-    def admit(self, asker: Principal, name: str, body: FitRequest) -> Iterator[None]:
-        """Occupy the fitter while the context lasts; refuse at once what would fail in the end.
+    def admit(self) -> Iterator[None]:
+        """Occupy the fitter while the context lasts.
 
-        Raises Overloaded while another task is being fitted, TaskExists where the name is taken
-        and is not to be replaced, InvalidRequest where the method has no routing to fit.
+        Raises Overloaded while another task is being fitted.
         """
         if self._busy:
             raise Overloaded("another task is being fitted; one is at a time")
-        self._check(asker, name, body)
         self._busy = True
         try:
             yield
         finally:
             self._busy = False
 
-    def _check(self, asker: Principal, name: str, body: FitRequest) -> None:
+    async def check(self, wanted: WantedFit) -> None:
+        """Refuse what would fail after the fit.
+
+        Raises InvalidRequest where the method has no routing to fit, or what
+        `TaskRegistry.check_registration` raises.
+        """
         if not self._registry.inventory.routing_shape[1]:
             raise InvalidRequest("the inventory's method has no routing that could be fitted")
-        try:
-            self._registry.find(asker, name)
-        except UnknownTask:
-            return
-        if not body.replace:
-            raise TaskExists(f"task {name} is there already; send replace to give it a new version")
+        await self._reads.run(
+            self._registry.check_registration,
+            wanted.asker,
+            wanted.name,
+            replace=wanted.body.replace,
+            expected=wanted.expected,
+            idempotency_key=wanted.idempotency_key,
+        )
 
-    async def fit(
-        self, asker: Principal, name: str, body: FitRequest
-    ) -> AsyncGenerator[Event | Registered, None]:
+    async def fit(self, wanted: WantedFit) -> AsyncGenerator[Event | Registered, None]:
         """Yield the worker's events, and last the task as registered, or the event `refused`.
 
         Closing the generator ends the worker. Raises FitFailed where the worker failed.
@@ -76,7 +101,7 @@ class Fitter:
         with tempfile.TemporaryDirectory(prefix="polyrex-fit-") as folder:
             out = Path(folder) / "router.safetensors"
             scored: Event = {}
-            async with aclosing(self._work(name, body, out)) as events:
+            async with aclosing(self._work(wanted.name, wanted.body, out)) as events:
                 async for event in events:
                     yield event
                     scored = event
@@ -85,8 +110,15 @@ class Fitter:
                 yield scored | {"event": "refused", "reason": reason}
                 return
             data = out.read_bytes()
-            register = self._registry.register
-            yield await asyncio.to_thread(register, asker, name, data, replace=body.replace)
+            yield await self._writes.run(
+                self._registry.register,
+                wanted.asker,
+                wanted.name,
+                data,
+                replace=wanted.body.replace,
+                expected=wanted.expected,
+                idempotency_key=wanted.idempotency_key,
+            )
 
     async def _work(self, name: str, body: FitRequest, out: Path) -> AsyncGenerator[Event, None]:
         """Run the worker and yield its events; the last one is `scored`."""

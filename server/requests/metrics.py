@@ -74,7 +74,11 @@ class _Snapshot(Collector):
             ("polyrex_tasks", "Registered tasks", len(tasks)),
             ("polyrex_tasks_rejected", "Task files rejected at start", len(tasks.rejected)),
             ("polyrex_registry_revision", "Revision of the registry known here", tasks.revision),
-            ("polyrex_registry_degraded", "1 while the registry's database fails", degraded),
+            (
+                "polyrex_registry_degraded",
+                "1 while the registry's database fails or cannot be followed",
+                degraded,
+            ),
         )
 
 

@@ -1,10 +1,12 @@
 """From a validated request body to the requests that the engine gets.
 
-Preparing reads a router file and runs the tokenizer, so it is done off the event loop.
+Preparing runs the tokenizer, so it is done off the event loop. A router that is not in memory is
+read from the database, in other threads: preparing what needs none waits for no database.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ from polyrex.server.registry.registry import TaskRegistry
 
 from .bodies import ChatCompletionRequest, CompletionRequest, Sampling
 from .cache_salt import CacheSalts
+from .database_calls import DatabaseCalls
 from .prompt_routing import PromptIntuition
 from .text import Tokenizer
 
@@ -52,7 +55,7 @@ class _Prompt:
 
 
 class RequestPreparer:
-    """Prepares requests for one base model and its tasks. May be called in any thread.
+    """Prepares requests for one base model and its tasks.
 
     Both methods raise InvalidRequest, UnknownModel, or what `TaskRegistry.pin` raises.
     """
@@ -61,6 +64,7 @@ class RequestPreparer:
         self,
         base: str,
         registry: TaskRegistry,
+        reads: DatabaseCalls,
         tokenizer: Tokenizer,
         engine: Engine,
         intuition: PromptIntuition | None,
@@ -68,18 +72,31 @@ class RequestPreparer:
         """`base` is the base model's id. Of the engine, only its context length is asked."""
         self._base = base
         self._registry = registry
+        self._reads = reads
         self._tokenizer = tokenizer
         self._engine = engine
         self._intuition = intuition
         self._salts = CacheSalts(registry.database.secret, registry.inventory.sha256)
 
-    def completion(self, body: CompletionRequest, asker: Principal) -> PreparedRequest:
+    async def completion(self, body: CompletionRequest, asker: Principal) -> PreparedRequest:
         """Prepare a POST /v1/completions."""
-        prompts = [self._prompt(prompt, body) for prompt in body.prompts]
-        return self._prepare("cmpl", body, asker, prompts, body.max_tokens, body.logprobs)
+        task = await self._task(body, asker)
+        return await asyncio.to_thread(self._completion, body, asker, task)
 
-    def chat(self, body: ChatCompletionRequest, asker: Principal) -> PreparedRequest:
+    async def chat(self, body: ChatCompletionRequest, asker: Principal) -> PreparedRequest:
         """Prepare a POST /v1/chat/completions; without max_tokens, the context is the limit."""
+        task = await self._task(body, asker)
+        return await asyncio.to_thread(self._chat, body, asker, task)
+
+    def _completion(
+        self, body: CompletionRequest, asker: Principal, task: TaskVersion | None
+    ) -> PreparedRequest:
+        prompts = [self._prompt(prompt, body) for prompt in body.prompts]
+        return self._prepare("cmpl", body, asker, task, prompts, body.max_tokens, body.logprobs)
+
+    def _chat(
+        self, body: ChatCompletionRequest, asker: Principal, task: TaskVersion | None
+    ) -> PreparedRequest:
         ids = self._tokenizer.encode_chat(
             [{"role": message.role, "content": message.text} for message in body.messages]
         )
@@ -88,7 +105,7 @@ class RequestPreparer:
         max_tokens = wanted or self._engine.context_length - len(ids)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         prompts = [_Prompt(ids, None)]
-        return self._prepare("chatcmpl", body, asker, prompts, max_tokens, logprobs)
+        return self._prepare("chatcmpl", body, asker, task, prompts, max_tokens, logprobs)
 
     def _prompt(self, prompt: str | list[int], body: CompletionRequest) -> _Prompt:
         ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
@@ -124,15 +141,16 @@ class RequestPreparer:
         prefix: str,
         body: Sampling,
         asker: Principal,
+        task: TaskVersion | None,
         prompts: Sequence[_Prompt],
         max_tokens: int,
         logprobs: int | None,
     ) -> PreparedRequest:
         request_id = f"{prefix}-{uuid.uuid4().hex}"
         choices: list[Choice] = []
-        tasks = self._tasks(body, asker, prompts)
-        for prompt, task in zip(prompts, tasks, strict=True):
-            router = "" if task is None else task.info.router_sha256
+        tasks = self._tasks(body, task, prompts)
+        for prompt, version in zip(prompts, tasks, strict=True):
+            router = "" if version is None else version.info.router_sha256
             salt = self._salts.of(asker.tenant, router, body.cache_salt or "")
             for repeat in range(body.n):
                 sampling = SamplingParams(
@@ -146,7 +164,7 @@ class RequestPreparer:
                     ignore_eos=body.ignore_eos,
                 )
                 request = GenerationRequest(
-                    f"{request_id}-{len(choices)}", tuple(prompt.ids), sampling, task, salt
+                    f"{request_id}-{len(choices)}", tuple(prompt.ids), sampling, version, salt
                 )
                 choices.append(Choice(request, body.stop_strings, prompt.echo))
         return PreparedRequest(
@@ -160,20 +178,22 @@ class RequestPreparer:
         )
 
     def _tasks(
-        self, body: Sampling, asker: Principal, prompts: Sequence[_Prompt]
+        self, body: Sampling, task: TaskVersion | None, prompts: Sequence[_Prompt]
     ) -> Sequence[TaskVersion | None]:
         """The task version that answers each prompt: one for all, or each prompt's own routing."""
         if body.intuition is None:
-            return [self._pin(body, asker)] * len(prompts)
-        if body.task is not None or body.model not in (None, self._base):
-            raise InvalidRequest("give a task, or intuition, and not both", "intuition")
+            return [task] * len(prompts)
         if self._intuition is None:
             raise InvalidRequest("this server's inventory has no intuition", "intuition")
         texts = [self._tokenizer.decode(prompt.ids) for prompt in prompts]
         return self._intuition.versions(texts)
 
-    def _pin(self, body: Sampling, asker: Principal) -> TaskVersion | None:
-        """The current version of the task that `task` or `model` names; None for the base model."""
+    async def _task(self, body: Sampling, asker: Principal) -> TaskVersion | None:
+        """The version of the task that `task` or `model` names; None for the base model."""
+        if body.intuition is not None:
+            if body.task is not None or body.model not in (None, self._base):
+                raise InvalidRequest("give a task, or intuition, and not both", "intuition")
+            return None
         name = body.task
         if body.model is not None and body.model != self._base:
             if name is not None and name != body.model:
@@ -184,10 +204,18 @@ class RequestPreparer:
         if name is None:
             return None
         try:
-            return self._registry.pin(asker, name, sticky=body.user)
+            return await self._pin(asker, name, body.user)
         except UnknownTask as error:
             if body.task is not None:
                 raise
             raise UnknownModel(
                 f"no such model or task, or not for this key; the base model is {self._base!r}"
             ) from error
+
+    async def _pin(self, asker: Principal, name: str, user: str | None) -> TaskVersion:
+        # Whether a canary answers is drawn once, and not again where the database has to be asked.
+        sticky = uuid.uuid4().hex if user is None else user
+        found = self._registry.pin_cached(asker, name, sticky=sticky)
+        if found is None:
+            found = await self._reads.run(self._registry.pin, asker, name, sticky=sticky)
+        return found

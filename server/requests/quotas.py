@@ -23,6 +23,9 @@ from polyrex.server.registry.tenants.directory import Directory
 from .admission import Gate
 from .generation import Piece
 
+_NEVER = 60
+"""Seconds that a client is told to wait where no time is enough."""
+
 
 @dataclass
 class Meter:
@@ -60,9 +63,10 @@ class TenantQuotas:
         limits = self._minute_limits(tenant)
         for kind, limit in limits.items():
             if not self._used.test(limit, kind, tenant):
+                wait = self._reset(kind, limit, tenant) if limit.amount else _NEVER
                 raise RateLimited(
                     f"this minute's {limit.amount} {kind} of the tenant are used up",
-                    self._reset(kind, limit, tenant),
+                    max(1, wait),
                     self.headers(tenant),
                 )
         with self._gate(tenant, completions):
@@ -88,11 +92,7 @@ class TenantQuotas:
     def _minute_limits(self, tenant: str) -> dict[str, RateLimitItem]:
         quotas = self._directory.tenant(tenant).quotas
         found = {"requests": quotas.requests_per_minute, "tokens": quotas.tokens_per_minute}
-        return {
-            kind: RateLimitItemPerMinute(amount)
-            for kind, amount in found.items()
-            if amount is not None
-        }
+        return {kind: _Minute(amount) for kind, amount in found.items() if amount is not None}
 
     def _gate(self, tenant: str, completions: int) -> AbstractContextManager[None]:
         limit = self._directory.tenant(tenant).quotas.concurrent
@@ -106,6 +106,14 @@ class TenantQuotas:
         """Seconds, rounded up, until the tenant's window ends."""
         end = self._used.get_window_stats(limit, kind, tenant).reset_time
         return max(0, math.ceil(end - self._clock()))
+
+
+class _Minute(RateLimitItemPerMinute):
+    """So many in a minute. Where a quota changes, what has been counted goes on counting."""
+
+    def key_for(self, *identifiers: bytes | str | float) -> str:
+        """The library's own key has the amount in it."""
+        return "/".join(map(str, identifiers))
 
 
 class _Windows(Storage):

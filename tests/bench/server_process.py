@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import psutil
 
 from polyrex.adapters.files.inventory import Inventory
 from support.random_inventory import random_router
+from support.reliability.ports import reserved_port
 
 from .cases import NEW_TOKENS, PROMPT
 from .harness import seconds_of
@@ -35,16 +35,14 @@ def server_process(inventory: Path, *options: str) -> Iterator[tuple[httpx.Clien
 
     It has no prefix cache: the same prompts are sent many times, and computed every time.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     program = str(Path(sys.executable).with_name("polyrex"))
-    command = [program, "serve", "--port", str(port), "--embedded.no-prefix-cache"]
+    command = [program, "serve", "--embedded.no-prefix-cache", "--inventory", str(inventory)]
     with (
+        reserved_port() as port,
         tempfile.TemporaryDirectory(prefix="polyrex-tasks-") as tasks,
         connected(f"http://127.0.0.1:{port}") as client,
         subprocess.Popen(
-            [*command, "--inventory", str(inventory), "--tasks-dir", tasks, *options],
+            [*command, "--port", str(port), "--tasks-dir", tasks, *options],
             stdout=subprocess.DEVNULL,
         ) as popen,
     ):

@@ -21,21 +21,33 @@ class Result:
     at_most: Figures = field(default_factory=dict)
     at_least: Figures = field(default_factory=dict)
     remarks: Sequence[str] = ()  # what went wrong, in words; the first of them
+    failed_tests: Sequence[str] = ()  # by name, where the proof is a run of tests
 
     @property
     def missed(self) -> list[str]:
         """The limits that are not kept."""
+        figures = self.figures
         above = [
-            f"{name} is {self.figures[name]}, at most {limit} allowed"
-            for name, limit in self.at_most.items()
-            if not self.figures[name] <= limit
+            f"{name} is {figures[name]}, at most {self.at_most[name]} allowed"
+            for name in self._above
         ]
         below = [
-            f"{name} is {self.figures[name]}, at least {limit} wanted"
-            for name, limit in self.at_least.items()
-            if not self.figures[name] >= limit
+            f"{name} is {figures[name]}, at least {self.at_least[name]} wanted"
+            for name in self._below
         ]
         return above + below
+
+    @property
+    def _above(self) -> list[str]:
+        return [name for name, limit in self.at_most.items() if not self.figures[name] <= limit]
+
+    @property
+    def _below(self) -> list[str]:
+        return [name for name, limit in self.at_least.items() if not self.figures[name] >= limit]
+
+    def finds(self, what: Sequence[str]) -> bool:
+        """Whether each of these is a figure that misses its limit, or a test that has failed."""
+        return bool(what) and set(what) <= {*self._above, *self._below, *self.failed_tests}
 
     @property
     def passed(self) -> bool:

@@ -10,6 +10,7 @@ import pytest
 from reliability import run as runner
 from reliability.catalogue import PROOFS, Proof
 from reliability.ground import Ground
+from reliability.proofs.borrowed import run_tests
 from reliability.result import Result
 
 
@@ -18,7 +19,7 @@ def result(lost: float) -> Result:
 
 
 def proof(lost: float = 0, planted: float = 1) -> Proof:
-    return Proof(lambda _: result(lost), lambda _: result(planted), "something is lost")
+    return Proof(lambda _: result(lost), lambda _: result(planted), "something is lost", ["lost"])
 
 
 def break_off(_: Ground) -> Result:
@@ -41,7 +42,11 @@ def test_a_result_is_written_with_its_limit_and_its_planted_defect(
     assert entry["figure"] == {"lost": 0}
     assert entry["limit"] == {"lost": "<= 0"}
     assert entry["passed"] is True
-    assert entry["planted_defect"] == {"what": "something is lost", "caught": True}
+    assert entry["planted_defect"] == {
+        "what": "something is lost",
+        "caught": True,
+        "finds": ["lost"],
+    }
     assert entry["command"] == "make reliability ARGS='--only whole'"
 
 
@@ -56,15 +61,76 @@ def test_a_proof_that_fails_or_misses_its_defect_has_not_passed(
     assert json.loads(out.read_text())["wrong"]["passed"] is False
 
 
+LIMITS = {"lost": 0, "old": 0, "errors": 0}
+
+
+@pytest.mark.parametrize(
+    ("finds", "figures", "caught"),
+    [
+        (["lost"], {"lost": 1, "old": 0, "errors": 0}, True),
+        (["lost"], {"lost": 1, "old": 0, "errors": 1}, True),
+        (["lost"], {"lost": 0, "old": 0, "errors": 1}, False),  # the run itself went wrong
+        (["lost"], {"lost": 0, "old": 1, "errors": 0}, False),  # something else did
+        (["lost", "old"], {"lost": 1, "old": 0, "errors": 0}, False),  # one limit sees nothing
+        (["lost", "old"], {"lost": 1, "old": 1, "errors": 0}, True),
+        ([], {"lost": 1, "old": 1, "errors": 1}, False),
+    ],
+)
+def test_a_defect_is_caught_by_the_figures_that_it_must_move(
+    ground: Ground, finds: list[str], figures: dict[str, float], caught: bool
+) -> None:
+    planted = Result("nothing is lost", "one try", figures, at_most=LIMITS)
+    entry = runner.prove("x", Proof(lambda _: result(0), lambda _: planted, "any", finds), ground)
+    assert entry["planted_defect"]["caught"] is caught
+    assert entry["passed"] is caught
+
+
+def test_a_defect_is_caught_by_the_test_that_must_fail(tmp_path: Path) -> None:
+    """As the proofs that are tests already run them: a test that cannot even begin is another."""
+    (tmp_path / "test_some.py").write_text(SOME_TESTS)
+    found = run_tests(tmp_path, "some tests", [str(tmp_path / "test_some.py")], [], {})
+    assert (found.figures["tests"], found.figures["errors"]) == (3, 1)
+    assert found.failed_tests == ["test_fails"]
+    assert found.finds(["test_fails"])
+    assert not found.finds(["test_errs"])
+    assert not found.finds(["test_passes"])
+
+
+SOME_TESTS = """
+import pytest
+
+@pytest.fixture
+def broken():
+    raise RuntimeError
+
+def test_errs(broken): ...
+def test_passes(): ...
+def test_fails(): assert False
+"""
+
+
+def test_every_proof_names_what_its_defect_moves() -> None:
+    vague = [name for name, each in PROOFS.items() if not each.finds or "errors" in each.finds]
+    assert vague == []
+
+
+def test_the_results_are_of_every_proof_passed_and_every_defect_caught() -> None:
+    entries = json.loads(runner.RESULTS.read_text())
+    failed = [name for name, entry in entries.items() if not entry["passed"]]
+    missed = [name for name, entry in entries.items() if not entry["planted_defect"]["caught"]]
+    assert sorted(entries) == sorted(PROOFS)
+    assert (failed, missed) == ([], [])
+
+
 def test_a_run_goes_on_where_it_was_broken_off(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ground: Ground
 ) -> None:
     monkeypatch.setitem(PROOFS, "first", proof())
-    monkeypatch.setitem(PROOFS, "second", Proof(break_off, break_off, "none"))
+    monkeypatch.setitem(PROOFS, "second", Proof(break_off, break_off, "none", ["lost"]))
     out = tmp_path / "results.json"
     before = runner.run(["first", "second"], out, ground, again=False)
     kept = json.loads(out.read_text())
-    monkeypatch.setitem(PROOFS, "first", Proof(break_off, break_off, "none"))
+    monkeypatch.setitem(PROOFS, "first", Proof(break_off, break_off, "none", ["lost"]))
     monkeypatch.setitem(PROOFS, "second", proof())
     after = runner.run(["first", "second"], out, ground, again=False)
     both = json.loads(out.read_text())

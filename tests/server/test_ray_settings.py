@@ -44,6 +44,30 @@ def test_replicas_do_not_share_a_file(settings: dict[str, Any], registry: dict[s
         app(settings | {"registry": registry})
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"registry": {"url": "postgresql://somebody:hidden@127.0.0.1/registry"}},
+        {"registry": {"url": f"{URL}?password=hidden"}},
+        {"registry": {"url": f"{URL}?sslpassword=hidden"}},
+        {"registry.url": "postgresql://somebody:hidden@127.0.0.1/registry"},
+    ],
+)
+def test_a_password_among_the_arguments_is_refused(
+    settings: dict[str, Any], args: dict[str, Any]
+) -> None:
+    with pytest.raises(StartError, match="POLYREX_SERVE_REGISTRY_URL") as caught:
+        app({"insecure": True} | args)
+    assert "hidden" not in str(caught.value)
+
+
+def test_a_password_in_the_environment_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "postgresql://somebody:hidden@127.0.0.1/registry"
+    monkeypatch.setenv("POLYREX_SERVE_REGISTRY_URL", url)
+    assert app({"insecure": True})
+    assert read_launch({"insecure": True}).registry.url == url
+
+
 def test_rays_proxies_may_be_reached_from_anywhere(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:

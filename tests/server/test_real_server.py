@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from openai.types.chat import ChatCompletionUserMessageParam
 from polyrex.adapters.files.examples import MAX_TOKENS, Example, read_examples
 from polyrex.adapters.files.inventory import Inventory
 from polyrex.server.launch.loading import shipped_inventory
+from support.reliability.ports import reserved_port
 
 if TYPE_CHECKING:
     from support.random_inventory import MakeRouter
@@ -61,30 +61,25 @@ class Process:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @contextmanager
 def serving(inventory: Path, folder: Path, *options: str) -> Iterator[Process]:
     """Run a server process until it is stopped or the context ends."""
-    port = free_port()
-    command = [POLYREX, "serve", "--inventory", str(inventory), "--port", str(port)]
+    command = [POLYREX, "serve", "--inventory", str(inventory)]
     command += ["--tasks-dir", str(folder / "tasks"), *options]
-    output, url = folder / "output", f"http://127.0.0.1:{port}"
+    output = folder / "output"
     with (
+        reserved_port() as port,
         output.open("w") as out,
-        httpx.Client(base_url=url, timeout=60, trust_env=False) as client,
-        subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True) as popen,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client,
+        subprocess.Popen(
+            [*command, "--port", str(port)], stdout=out, stderr=subprocess.STDOUT, text=True
+        ) as popen,
     ):
         try:
             while "curl" not in output.read_text():
                 assert popen.poll() is None, output.read_text()
                 time.sleep(0.1)
-            yield Process(url, popen, client, output)
+            yield Process(f"http://127.0.0.1:{port}", popen, client, output)
         finally:
             popen.kill()
 
@@ -298,8 +293,9 @@ def test_a_taken_port_is_told_before_anything_is_loaded(server: Process) -> None
 
 
 def test_an_open_server_without_keys_is_refused() -> None:
-    command = [POLYREX, "serve", "--host", "0.0.0.0", "--port", str(free_port())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with reserved_port() as port:
+        command = [POLYREX, "serve", "--host", "0.0.0.0", "--port", str(port)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "--api-key-file" in done.stderr
 

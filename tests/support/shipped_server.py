@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,23 +12,26 @@ from pathlib import Path
 
 import httpx
 
+from support.reliability.ports import reserved_port
+
 POLYREX = str(Path(sys.executable).with_name("polyrex"))
 
 
 @contextmanager
 def shipped_server(folder: Path) -> Iterator[str]:
     """The address of a `polyrex serve` with its tasks in `folder`; the context stops it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url, output = f"http://127.0.0.1:{port}", folder / "output"
-    command = [POLYREX, "serve", "--port", str(port), "--tasks-dir", str(folder / "tasks")]
+    output = folder / "output"
+    command = [POLYREX, "serve", "--tasks-dir", str(folder / "tasks")]
     # Beside other processes, threads that spin while they wait take the core from each other.
     environment = {"OMP_WAIT_POLICY": "passive"} | os.environ
     with (
+        reserved_port() as port,
         output.open("w") as out,
-        subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment) as server,
+        subprocess.Popen(
+            [*command, "--port", str(port)], stdout=out, stderr=subprocess.STDOUT, env=environment
+        ) as server,
     ):
+        url = f"http://127.0.0.1:{port}"
         try:
             while not _ready(url):
                 assert server.poll() is None, output.read_text()

@@ -19,6 +19,7 @@ class CommandFailed(ServerError):
     """The server could not be asked, or refused."""
 
 
+_MOST_SHOWN = 200  # characters of an answer that cannot be read
 _SERVER = Parameter(group=Group("Server", sort_key=90))
 
 
@@ -46,6 +47,8 @@ class Connection:
             raise CommandFailed(f"{path}: the API key cannot be read: {error}") from error
         if not words:
             raise CommandFailed(f"{path}: holds no API key")
+        if not words[0].isascii() or not words[0].isprintable():
+            raise CommandFailed(f"{path}: an API key has printable ASCII characters only")
         return words[0]
 
 
@@ -90,10 +93,25 @@ def ask(client: httpx.Client, method: str, path: str, **request: Any) -> dict[st
         response = client.request(method, path, **request)
     except httpx.TransportError as error:
         raise CommandFailed(f"{client.base_url}: {error}") from error
-    answer: dict[str, Any] = response.json()
+    answer = read_answer(response)
     if response.is_error:
         raise CommandFailed(answer["error"]["message"])
     return answer
+
+
+def read_answer(response: httpx.Response) -> dict[str, Any]:
+    """The JSON of an answer; of an error, it has the message.
+
+    Raises CommandFailed where it is not polyrex that answers, but a gateway before it.
+    """
+    try:
+        answer: dict[str, Any] = response.json()
+        if response.is_success or isinstance(answer["error"]["message"], str):
+            return answer
+    except (ValueError, LookupError, TypeError):
+        pass
+    start = " ".join(response.text.split())[:_MOST_SHOWN]
+    raise CommandFailed(f"{response.url}: status {response.status_code}, not from polyrex: {start}")
 
 
 def show_json(answer: dict[str, Any]) -> None:

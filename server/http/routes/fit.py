@@ -8,32 +8,35 @@ from contextlib import ExitStack, aclosing
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from polyrex.server.http.conditions import MIN_REVISION_REACHED
+from polyrex.server.http.conditions import MIN_REVISION_REACHED, RegisterConditions
 from polyrex.server.http.context import Asker, Context
 from polyrex.server.http.responses import Json, task_shape
 from polyrex.server.http.streaming import EventStream
-from polyrex.server.registry.names import check_task_name
 from polyrex.server.registry.principal import Principal
 from polyrex.server.registry.registration import Registered
 from polyrex.server.requests.bodies import FitRequest
-from polyrex.server.requests.fitting import Event
+from polyrex.server.requests.fitting import Event, WantedFit
 
 router = APIRouter(prefix="/v1/tasks")
 
 
 @router.post("/{name}/fit", dependencies=[MIN_REVISION_REACHED])
-async def fit(name: str, body: FitRequest, context: Context, asker: Asker) -> Response:
+async def fit(
+    name: str, body: FitRequest, context: Context, asker: Asker, conditions: RegisterConditions
+) -> Response:
     """Fit a router to rows, and register it if it beats the base model; streams events.
 
     A client that disconnects ends the fit.
     """
     context.readiness.check()
     context.check_name(name)
-    check_task_name(name)
     served = context.registry.inventory.sha256
+    wanted = WantedFit(asker, name, body, conditions.expected, conditions.idempotency_key)
     with ExitStack() as admitted:
-        admitted.enter_context(context.fitter.admit(asker, name, body))
-        events = _shown(context.fitter.fit(asker, name, body), asker, served)
+        admitted.enter_context(context.fitter.admit())
+        await context.fitter.check(wanted)
+        admitted.enter_context(context.quotas.admit(asker.tenant, 1))
+        events = _shown(context.fitter.fit(wanted), asker, served)
         return EventStream(events, {}, admitted.pop_all())
 
 

@@ -5,7 +5,6 @@ The requests, texts and statuses are vLLM's; what is loaded is a router, as a ta
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 from fastapi import APIRouter
@@ -14,28 +13,28 @@ from starlette.responses import JSONResponse, Response
 from polyrex.adapters.errors import TaskExists, UnknownTask
 from polyrex.adapters.files.router import size_limit
 from polyrex.server.errors import Forbidden
-from polyrex.server.http.conditions import JSON_ONLY, revision_headers
+from polyrex.server.http.conditions import JSON_ONLY, UNCONDITIONAL, revision_headers
 from polyrex.server.http.context import AppContext, Asker, Context
 from polyrex.server.http.responses import described
-from polyrex.server.registry.principal import Principal
+from polyrex.server.registry.principal import DEFAULT_TENANT, Principal
 from polyrex.server.requests.bodies import LoadLora, UnloadLora
 from polyrex.server.requests.lora_folder import read_below
 
-router = APIRouter(prefix="/v1", dependencies=[JSON_ONLY])
+router = APIRouter(prefix="/v1", dependencies=[JSON_ONLY, UNCONDITIONAL])
 
 
 @router.post("/load_lora_adapter", responses=described(400, 403, 404, 409, 415, 422, 503, 507))
 async def load(body: LoadLora, context: Context, asker: Asker) -> Response:
-    """Register a router from a file below --lora-dir as a task.
+    """Register a router from a file in the tenant's folder of --lora-dir as a task.
 
     With `load_inplace` an existing task gets a new version, and keeps its old one as `name@N`.
     """
-    folder = _folder(context)
+    folder = _folder(context, asker)
     if not body.lora_name or not body.lora_path:
         return _refused("Both 'lora_name' and 'lora_path' must be provided.")
-    if body.lora_name == context.config.model:
+    if context.is_base(body.lora_name):
         return _refused(f"The lora adapter '{body.lora_name}' conflicts with a served base model.")
-    return await asyncio.to_thread(_load, context, asker, body, folder)
+    return await context.writes.run(_load, context, asker, body, folder)
 
 
 def _load(context: AppContext, asker: Principal, body: LoadLora, folder: Path) -> Response:
@@ -61,22 +60,26 @@ def _load(context: AppContext, asker: Principal, body: LoadLora, folder: Path) -
 @router.post("/unload_lora_adapter", responses=described(400, 403, 404, 415, 503))
 async def unload(body: UnloadLora, context: Context, asker: Asker) -> Response:
     """Drop a task."""
-    _folder(context)
+    _folder(context, asker)
     name = body.lora_name
     if not name:
         return _refused("'lora_name' needs to be provided to unload a LoRA adapter.")
     try:
-        await asyncio.to_thread(context.edits.drop, asker, name)
+        await context.writes.run(context.edits.drop, asker, name)
     except UnknownTask:
         return _refused(f"The lora adapter '{name}' cannot be found.", "NotFoundError", 404)
     return _done(context, f"Success: LoRA adapter '{name}' removed successfully.")
 
 
-def _folder(context: AppContext) -> Path:
-    """The folder of --lora-dir. Raises Forbidden where the server was started without one."""
-    if context.config.lora_dir is None:
+def _folder(context: AppContext, asker: Principal) -> Path:
+    """The folder that a tenant may load from: a tenant of its own has one in that of --lora-dir.
+
+    Raises Forbidden where the server was started without one.
+    """
+    folder = context.config.lora_dir
+    if folder is None:
         raise Forbidden("this server loads no files; its flag --lora-dir names a folder of them")
-    return context.config.lora_dir
+    return folder if asker.tenant == DEFAULT_TENANT else folder / asker.tenant
 
 
 def _done(context: AppContext, text: str) -> Response:

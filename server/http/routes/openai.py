@@ -45,7 +45,7 @@ async def completions(
     with ExitStack() as admitted:
         admitted.enter_context(context.gate.admit(body.completions))
         meter = admitted.enter_context(context.quotas.admit(asker.tenant, body.completions))
-        prepared = await asyncio.to_thread(context.preparer.completion, body, asker)
+        prepared = await context.preparer.completion(body, asker)
         admission = Admission(asker, meter, admitted)
         return await _answer(context, request, body, prepared, CompletionShape(), admission)
 
@@ -59,7 +59,7 @@ async def chat_completions(
     with ExitStack() as admitted:
         admitted.enter_context(context.gate.admit(body.completions))
         meter = admitted.enter_context(context.quotas.admit(asker.tenant, body.completions))
-        prepared = await asyncio.to_thread(context.preparer.chat, body, asker)
+        prepared = await context.preparer.chat(body, asker)
         admission = Admission(asker, meter, admitted)
         return await _answer(context, request, body, prepared, ChatShape(), admission)
 
@@ -115,8 +115,8 @@ async def model(name: str, context: Context, asker: Asker) -> Response:
     base = _base_model(context)
     if name == context.config.model:
         return JSONResponse(base)
-    task = await asyncio.to_thread(context.registry.find, asker, name)
-    version = await asyncio.to_thread(context.registry.version, asker, name)
+    task = await context.reads.run(context.registry.find, asker, name)
+    version = await context.reads.run(context.registry.version, asker, name)
     if version.inventory_sha256 != context.registry.inventory.sha256:
         raise UnknownTask  # it cannot be used as a model, and is not listed either
     created = version.created if "@" in name else task.created

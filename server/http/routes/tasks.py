@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 from collections.abc import Callable, Sequence
@@ -122,7 +121,7 @@ async def tasks(
     limit: Annotated[int, Query(ge=1, le=MOST_TASKS)] = 100,
 ) -> Response:
     """List a page of the tenant's own tasks, ordered by name."""
-    page = await asyncio.to_thread(
+    page = await context.reads.run(
         context.registry.page,
         asker,
         text=q,
@@ -141,17 +140,17 @@ async def tasks(
 @router.get("/{name}", responses=described(200, 404, 503))
 async def task(name: str, context: Context, asker: Asker) -> Response:
     """Show one task; `name@3` or `name@alias` shows that version of it."""
-    found = await asyncio.to_thread(context.registry.find, asker, name)
+    found = await context.reads.run(context.registry.find, asker, name)
     version = None
     if "@" in name:
-        version = await asyncio.to_thread(context.registry.version, asker, name)
+        version = await context.reads.run(context.registry.version, asker, name)
     return show(context, asker, found, version)
 
 
 @router.delete("/{name}", responses=described(200, 404, 412, 503), dependencies=[JSON_ONLY])
 async def drop(name: str, context: Context, asker: Asker, expected: EditCondition) -> Response:
     """Drop a task; requests under way finish with it, and it can be undeleted for some days."""
-    task = await asyncio.to_thread(context.edits.drop, asker, name, expected)
+    task = await context.writes.run(context.edits.drop, asker, name, expected)
     headers = revision_headers(context, task)
     return JSONResponse({"name": name, "object": "task", "deleted": True}, headers=headers)
 
@@ -206,7 +205,7 @@ async def edit(
     context: AppContext, asker: Principal, change: Callable[..., TaskRecord], *arguments: Any
 ) -> Response:
     """Change a task off the event loop, and show it as it stands then."""
-    return show(context, asker, await asyncio.to_thread(change, asker, *arguments))
+    return show(context, asker, await context.writes.run(change, asker, *arguments))
 
 
 def show(
@@ -240,7 +239,7 @@ async def _register(
     replace: bool,
 ) -> Response:
     context.check_name(name)
-    done = await asyncio.to_thread(
+    done = await context.writes.run(
         context.registry.register,
         asker,
         name,

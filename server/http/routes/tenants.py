@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -85,7 +84,7 @@ async def whoami(context: Context, asker: Asker) -> Response:
 async def create_tenant(body: TenantBody, context: Context, asker: Asker) -> Response:
     """Make a tenant."""
     quotas = Quotas().changed(body.quotas.given())
-    made = await asyncio.to_thread(context.directory.create_tenant, asker, body.name, quotas)
+    made = await context.writes.run(context.directory.create_tenant, asker, body.name, quotas)
     return JSONResponse(_tenant_shape(made), 201)
 
 
@@ -110,7 +109,7 @@ async def tenant(name: str, context: Context) -> Response:
 @router.patch("/tenants/{name}")
 async def change_tenant(name: str, body: TenantChange, context: Context, asker: Asker) -> Response:
     """Change a tenant's quotas, or disable it: its keys are refused until it is enabled again."""
-    changed = await asyncio.to_thread(
+    changed = await context.writes.run(
         context.directory.change_tenant,
         asker,
         name,
@@ -123,7 +122,7 @@ async def change_tenant(name: str, body: TenantChange, context: Context, asker: 
 @router.post("/tenants/{name}/keys")
 async def create_key(name: str, body: KeyBody, context: Context, asker: Asker) -> Response:
     """Make an API key of a tenant. The answer shows it whole, and nothing does again."""
-    made = await asyncio.to_thread(
+    made = await context.writes.run(
         context.directory.create_key,
         asker,
         name,
@@ -147,13 +146,13 @@ async def rotate_key(
 ) -> Response:
     """Replace an API key by a new one; the old one is valid for `grace` seconds more."""
     grace = (body or Rotation()).grace
-    return _new_key(await asyncio.to_thread(context.directory.rotate_key, asker, key_id, grace))
+    return _new_key(await context.writes.run(context.directory.rotate_key, asker, key_id, grace))
 
 
 @router.delete("/keys/{key_id}")
 async def revoke_key(key_id: str, context: Context, asker: Asker) -> Response:
     """Refuse an API key from now on."""
-    revoked = await asyncio.to_thread(context.directory.revoke_key, asker, key_id)
+    revoked = await context.writes.run(context.directory.revoke_key, asker, key_id)
     return JSONResponse(_key_shape(revoked))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
@@ -25,7 +23,7 @@ router = APIRouter(prefix="/v1/tasks/{name}", dependencies=[MIN_REVISION_REACHED
 @router.get("/versions", responses=described(200, 404, 503))
 async def versions(name: str, context: Context, asker: Asker) -> Response:
     """List the versions of a task that are kept, in the order of their numbers."""
-    found = await asyncio.to_thread(context.registry.versions, asker, name)
+    found = await context.reads.run(context.registry.versions, asker, name)
     shown = [version_shape(each, context.registry.inventory.sha256) for each in found]
     return JSONResponse({"object": "list", "data": shown}, headers=revision_headers(context))
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, Table, and_, insert, select
+from sqlalchemy import Connection, Row, Select, Table, and_, insert, select, update
 from sqlalchemy.exc import DBAPIError
 
 from polyrex.adapters.errors import FileError
@@ -26,33 +26,57 @@ from .copying import EXPORT_ID
 
 _ROWS_AT_ONCE = 200
 _NAMES_SHOWN = 20
+_NUMBERS = frozenset(("version", "current_version", "canary_version", "last_version"))
 
 
 @dataclass(frozen=True)
 class Imported:
-    """How many tenants and tasks came, and how many tasks were there already."""
+    """How many tenants and tasks came, and how many tasks were there already.
+
+    `dropped` are the names of those that are dropped here, and not in the file: they stay so.
+    """
 
     tenants: int
     tasks: int
     unchanged: int
+    dropped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Sorted:
+    """The tasks of a file: those that are to come, and the others."""
+
+    new: Mapping[int, Row[Any] | None]  # number in the file -> the purged task of that name here
+    unchanged: int
+    dropped: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Added:
+    """A task that came: its number here, and by how much its versions' numbers are greater."""
+
+    task_id: int
+    shift: int
 
 
 def import_file(database: Database, path: Path) -> Imported:
     """Add the tenants and tasks of a file by their names; what a task has comes along.
 
-    A task that is there with the same current router is left alone. Raises FileError, and changes
-    nothing, where one has another, or the file is not whole; StorageError.
+    A task that is there with the same current router is left alone, dropped or not. A name that was
+    purged goes on counting: the file's version 1 comes after the last one that was ever here.
+    Raises FileError, and changes nothing, where a task has another router, or the file is not
+    whole; StorageError.
     """
     with _opened(path) as source, database.change(OPERATOR) as change:
-        new, unchanged = _sort(source, change.connection, path)
+        found = _sort(source, change.connection, path)
         before = change.revision
         tenant_ids = _add_tenants(source, change)
-        added = change.revision - before
-        task_ids = _add_tasks(source, change, new, tenant_ids)
+        tenants_added = change.revision - before
+        added = _add_tasks(source, change, found.new, tenant_ids)
         for table in (versions, aliases, shares):
-            _add_rows(source, change.connection, table, task_ids)
+            _add_rows(source, change.connection, table, added)
         _add_routers(source, change.connection)
-        return Imported(added, len(new), unchanged)
+        return Imported(tenants_added, len(added), found.unchanged, found.dropped)
 
 
 @contextmanager
@@ -89,32 +113,49 @@ def _copy_whole(path: Path, copy: Path) -> None:
         source.backup(target)
 
 
-def _sort(source: Connection, target: Connection, path: Path) -> tuple[set[int], int]:
-    """The tasks of the file that are new, and how many are there; raises FileError for others."""
+def _sort(source: Connection, target: Connection, path: Path) -> _Sorted:
+    """Compare the tasks of the file with those here; raises FileError where names collide."""
     there = {(row.tenant, row.name): row for row in target.execute(_current_routers())}
-    new: set[int] = set()
+    new: dict[int, Row[Any] | None] = {}
     others: list[str] = []
+    dropped: list[str] = []
     unchanged = 0
     for row in source.execute(_current_routers()):
         found = there.get((row.tenant, row.name))
         if found is None:
-            new.add(row.id)
-        elif row.router_sha256 in (None, found.router_sha256):  # None: purged, nothing is left
+            new[row.id] = None
+        elif row.current_version is None:  # purged: it has nothing that could come
             unchanged += 1
-        else:
+        elif found.current_version is None:
+            new[row.id] = found
+        elif row.router_sha256 != found.router_sha256:
             others.append(f"{row.tenant}:{row.name}")
+        elif found.deleted is not None and row.deleted is None:
+            dropped.append(f"{row.tenant}:{row.name}")
+        else:
+            unchanged += 1
     if others:
-        more = len(others) - _NAMES_SHOWN
-        names = ", ".join(others[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+        names = some_names(others)
         raise FileError(f"{path}: the registry has other tasks of these names: {names}")
-    return new, unchanged
+    return _Sorted(new, unchanged, tuple(dropped))
+
+
+def some_names(names: Sequence[str]) -> str:
+    """Names for a message, of which there may be too many."""
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _current_routers() -> Select[Any]:
     """The statement that gives every task with its tenant's name and its current router."""
     current = and_(versions.c.task_id == tasks.c.id, versions.c.version == tasks.c.current_version)
     return (
-        select(tasks.c.id, tenants.c.name.label("tenant"), tasks.c.name, versions.c.router_sha256)
+        select(
+            *(tasks.c[name] for name in ("id", "name", "last_version", "current_version")),
+            tasks.c.deleted,
+            tenants.c.name.label("tenant"),
+            versions.c.router_sha256,
+        )
         .select_from(tasks.join(tenants, tasks.c.tenant_id == tenants.c.id))
         .outerjoin(versions, current)
         .order_by(tenants.c.name, tasks.c.name)
@@ -134,33 +175,52 @@ def _add_tenants(source: Connection, change: Change) -> dict[int, int]:
 
 
 def _add_tasks(
-    source: Connection, change: Change, new: set[int], tenant_ids: Mapping[int, int]
-) -> dict[int, int]:
-    """Add the tasks that are new; returns their numbers here by those in the file."""
-    ids: dict[int, int] = {}
+    source: Connection,
+    change: Change,
+    new: Mapping[int, Row[Any] | None],
+    tenant_ids: Mapping[int, int],
+) -> dict[int, _Added]:
+    """Add the tasks that are new; returns what became of them by their numbers in the file."""
+    added: dict[int, _Added] = {}
     for row in source.execute(select(tasks).order_by(tasks.c.id)):
-        if row.id in new:
-            values = _values(row) | {
-                "tenant_id": tenant_ids[row.tenant_id],
-                "changed": change.revision + 1,
-            }
-            ids[row.id] = _insert(change, tasks, values)
-            change.record("import", "task", ids[row.id], version=row.current_version)
-    return ids
+        if row.id not in new:
+            continue
+        purged = new[row.id]
+        shift = 0 if purged is None else purged.last_version  # no number is used twice
+        values = _shifted(_values(row), shift) | {
+            "tenant_id": tenant_ids[row.tenant_id],
+            "changed": change.revision + 1,
+        }
+        if purged is None:
+            task_id = _insert(change, tasks, values)
+        else:
+            task_id = purged.id
+            change.connection.execute(update(tasks).where(tasks.c.id == task_id).values(**values))
+        change.record("import", "task", task_id, version=values["current_version"])
+        added[row.id] = _Added(task_id, shift)
+    return added
+
+
+def _shifted(values: Mapping[str, Any], by: int) -> dict[str, Any]:
+    """A row's columns, with other numbers of versions."""
+    return {
+        name: value + by if name in _NUMBERS and value is not None else value
+        for name, value in values.items()
+    }
 
 
 def _add_rows(
     source: Connection,
     target: Connection,
     table: Table,
-    task_ids: Mapping[int, int],
+    added: Mapping[int, _Added],
 ) -> None:
     """Add what a table has of the new tasks."""
     for rows in source.execute(select(table)).partitions(_ROWS_AT_ONCE):
         values = [
-            dict(row._mapping) | {"task_id": task_ids[row.task_id]}
+            _shifted(dict(row._mapping), to.shift) | {"task_id": to.task_id}
             for row in rows
-            if row.task_id in task_ids
+            if (to := added.get(row.task_id)) is not None
         ]
         if values:
             target.execute(insert(table), values)

@@ -6,9 +6,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
-
-from sqlalchemy.exc import SQLAlchemyError
 
 from polyrex.server.errors import StorageError
 from polyrex.server.registry.database import Database
@@ -28,6 +27,8 @@ class Follower:
         self._catch_up = catch_up
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
+        self._heard = True  # of changes, by notifications
+        self._probe_due = 0.0
 
     def start(self) -> None:
         """Start the thread."""
@@ -51,9 +52,9 @@ class Follower:
         while not self._stopping.is_set():
             try:
                 self._listen()
-            except (SQLAlchemyError, self._database.engine.dialect.loaded_dbapi.Error) as error:
-                logger.warning("the registry's notifications broke off: %s", type(error).__name__)
-                self._guarded(self._catch_up)
+            except Exception as error:
+                self._hears(error)
+                self._guarded(self._ask)  # which is enough, until it hears again
                 self._stopping.wait(_POLL_SECONDS)
 
     def _listen(self) -> None:
@@ -64,26 +65,42 @@ class Follower:
             pooled.detach()  # the pool has as many as before
             connection.autocommit = True
             connection.execute(f"LISTEN {CHANNEL}")
-            probed = time.monotonic()
             while not self._stopping.is_set():
                 # Also right after LISTEN: of what happened before, nobody is told.
-                self._guarded(self._catch_up)
-                if time.monotonic() - probed > _PROBE_SECONDS:
-                    self._guarded(self._probe)
-                    probed = time.monotonic()
+                self._guarded(self._ask)
                 for _ in connection.notifies(timeout=_POLL_SECONDS, stop_after=1):
                     pass
+                self._hears()
         finally:
             pooled.close()
 
+    def _hears(self, error: Exception | None = None) -> None:
+        """Log every turn of it once."""
+        if error is not None and self._heard:
+            reason = type(error).__name__
+            logger.warning("the registry's notifications broke off (%s): it is asked", reason)
+        elif error is None and not self._heard:
+            logger.info("the registry's notifications are heard again")
+        self._heard = error is None
+
+    def _ask(self) -> None:
+        self._catch_up()
+        if time.monotonic() > self._probe_due:
+            self._probe()
+            self._probe_due = time.monotonic() + _PROBE_SECONDS
+
     def _probe(self) -> None:
         if not self._database.health.ok:
-            self._database.probe()
+            with suppress(StorageError):  # the health and its log say it
+                self._database.probe()
 
     def _guarded(self, step: Callable[[], object]) -> None:
+        """Take a step, and let the database's health say what goes wrong with it."""
         try:
             step()
-        except StorageError:
-            pass  # the database's health says it, and its log
-        except Exception:
-            logger.exception("the registry could not be followed; trying again")
+        except StorageError:  # the health says it already
+            return
+        except Exception as error:
+            self._database.follows(error)
+            return
+        self._database.follows()

@@ -54,9 +54,13 @@ class Position(NamedTuple):
         found = list(load_entries(connection, inventory_sha256, ids)) if ids else []
         return News(Position(revision, changes[-1].change), changes, ids, found)
 
+    def is_far_from(self, revision: int) -> bool:
+        """Whether what lies between is too much to be followed, so that all must be read anew."""
+        return not 0 <= self.revision <= revision <= self.revision + _MOST_BEHIND
+
     def _changes(self, connection: Connection, revision: int) -> list[AuditRow] | None:
         """The rows of the audit from here on; None where all must be read anew."""
-        if not 0 <= self.revision <= revision <= self.revision + _MOST_BEHIND:
+        if self.is_far_from(revision):
             return None
         between = {"first": self.revision, "last": revision}
         found = [AuditRow(*row) for row in connection.execute(_CHANGES, between)]

@@ -12,7 +12,7 @@ from enum import Enum
 
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, TimeoutError
 
-from polyrex.server.errors import StorageError, StorageFull
+from polyrex.server.errors import InvalidRequest, StorageError, StorageFull
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +25,11 @@ _FULL_IN_SQLITE = "SQLITE_FULL"
 
 
 class Access(Enum):
-    """What a transaction does."""
+    """What is done with a registry."""
 
     reading = "read"
     writing = "written"
+    following = "followed"
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Health:
 
 
 class Watch:
-    """Keeps a database's health by what its transactions say, and logs every turn of it once."""
+    """Keeps a database's health by what its users find, and logs every turn of it once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -58,12 +59,17 @@ class Watch:
 
     @contextmanager
     def over(self, access: Access) -> Iterator[None]:
-        """Turn the database's errors within into StorageError or StorageFull, and note them."""
+        """Turn the database's errors within into StorageError or StorageFull, and note them.
+
+        A value that the database cannot hold becomes InvalidRequest: a client has sent it.
+        """
         try:
             yield
+        except IntegrityError:  # the statement is at fault
+            raise
+        except DataError as error:
+            raise InvalidRequest("the request has a value that cannot be stored") from error
         except (DBAPIError, TimeoutError) as error:
-            if isinstance(error, IntegrityError | DataError):  # the statement is at fault
-                raise
             failure = _failure(error)
             self._note(access, f"{_reason(error)}", error)
             raise failure from error
@@ -71,6 +77,10 @@ class Watch:
             self._note(access, str(error), error)
             raise
         self._note(access, None)
+
+    def follows(self, error: Exception | None) -> None:
+        """Note that the registry could be followed, or what prevented it."""
+        self._note(Access.following, None if error is None else type(error).__name__, error)
 
     def _note(self, access: Access, reason: str | None, error: Exception | None = None) -> None:
         if reason is None and access not in self._reasons:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from sqlalchemy import URL, Connection, create_engine, exists, select, text
+from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, exists, select, text
 from sqlalchemy.exc import DBAPIError
 
 from polyrex.server.errors import StartError, StorageError
@@ -47,24 +47,20 @@ class Postgres:
         """Raises StartError, without the password, where it cannot be used."""
         if find_spec("psycopg") is None:
             raise StartError("PostgreSQL needs psycopg: pip install 'polyrex[postgres]'")
-        self.engine = create_engine(
-            url.set(drivername="postgresql+psycopg"),
-            connect_args=dict(_CONNECTING),
-            hide_parameters=True,
-            pool_pre_ping=True,
-            pool_size=4,
-            max_overflow=8,
-            pool_timeout=10,
+        self.engine = _make_engine(
+            url, pool_pre_ping=True, pool_size=4, max_overflow=8, pool_timeout=10
         )
+        self._apart = _make_engine(url, poolclass=NullPool)
+        shown = url.set(query={}).render_as_string()  # the query may hold a password, too
         try:
             self._prepare(serving=serving)
         except DBAPIError as error:
             self.close()
             reason = str(error.orig).strip().splitlines()[0]
-            raise StartError(f"{url.render_as_string()}: {reason}") from error
+            raise StartError(f"{shown}: {reason}") from error
         except StartError as error:
             self.close()
-            raise StartError(f"{url.render_as_string()}: {error}") from error
+            raise StartError(f"{shown}: {error}") from error
 
     def _prepare(self, *, serving: bool) -> None:
         with self.engine.connect().execution_options(**self.writing) as connection:
@@ -88,17 +84,18 @@ class Postgres:
         """Look whether a change is there whose COMMIT was not answered.
 
         Whoever has the lock on `state` knows that the transaction has ended: it cannot commit any
-        more.
+        more. Asking takes a connection of its own, because all others may be in use.
         """
+        connection.invalidate()  # so that there are no more than before
         lock = select(state.c.revision).with_for_update()
         look = select(exists().where(audit.c.change == change))
         give_up = time.monotonic() + _SETTLE_SECONDS
         while True:
             try:
-                with self.engine.connect().execution_options(**self.writing) as another:
+                with self._apart.connect().execution_options(**self.writing) as another:
                     another.execute(lock)
                     return bool(another.execute(look).scalar())
-            except DBAPIError:
+            except Exception:  # whatever it is, the outcome is not known yet
                 if time.monotonic() > give_up:
                     raise StorageError(OUTCOME_UNKNOWN) from error
                 time.sleep(0.25)
@@ -109,3 +106,12 @@ class Postgres:
     def close(self) -> None:
         """Close every connection."""
         self.engine.dispose()
+
+
+def _make_engine(url: URL, **pool: Any) -> Engine:
+    return create_engine(
+        url.set(drivername="postgresql+psycopg"),
+        connect_args=dict(_CONNECTING),
+        hide_parameters=True,
+        **pool,
+    )

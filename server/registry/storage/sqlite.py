@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,12 @@ _LOG_IS_CUT = ("SQLITE_FULL", "SQLITE_IOERR_WRITE")
 
 # What is set on every connection, and what SQLite says when it is asked: it can fail to set the
 # first of them without an error.
-_SETTINGS = {"journal_mode": ("WAL", "wal"), "synchronous": ("FULL", 2), "foreign_keys": ("ON", 1)}
+_SETTINGS = {
+    "journal_mode": ("WAL", "wal"),
+    "synchronous": ("FULL", 2),
+    "wal_autocheckpoint": (1000, 1000),
+    "foreign_keys": ("ON", 1),
+}
 
 
 _DAMAGED = "the registry cannot be used"
@@ -50,7 +55,7 @@ class Sqlite:
         """Raises StartError, with the file's name, where it cannot be used."""
         if not url.database or url.query or url.host or url.database == ":memory:":
             raise StartError(f"{url}: name a file, as in sqlite:////var/lib/polyrex/registry.db")
-        path = Path(url.database).absolute()
+        path = _resolved(url.database)
         self.engine = make_engine(path)
         self._lock = _lock(path) if serving else None
         try:
@@ -58,6 +63,7 @@ class Sqlite:
                 _create(path)
             elif not path.is_file():
                 raise StartError("there is no such file")
+            _check_names(path)
             _check(self.engine, path, serving=serving)
         except (StartError, StorageError) as error:
             self.close()
@@ -74,24 +80,19 @@ class Sqlite:
         there is one at once, which needs no fsync. It has to be on this connection: opening another
         could read the log anew.
         """
-        if getattr(error.orig, "sqlite_errorname", None) in _LOG_IS_CUT:
-            return False
         raw: Any = connection.connection.driver_connection
         try:
-            raw.rollback()
-            raw.execute("PRAGMA synchronous=OFF")
-            raw.execute("BEGIN IMMEDIATE")
-            _touch(raw)
-            raw.execute("COMMIT")
-        except sqlite3.Error:
+            raw.rollback()  # SQLite does so itself after some errors, not after all
+            if getattr(error.orig, "sqlite_errorname", None) not in _LOG_IS_CUT:
+                _overwrite(raw)
+        except (sqlite3.Error, StorageError):
+            connection.invalidate()  # it may not wait for the disk: nobody must get it
             raise StorageError(OUTCOME_UNKNOWN) from error
-        finally:
-            raw.execute("PRAGMA synchronous=FULL")
         return False
 
     def touch(self, connection: Connection) -> None:
         """Change a number in the file's header that nobody reads."""
-        _touch(connection.connection.driver_connection)
+        _touch(connection.exec_driver_sql)
 
     def close(self) -> None:
         """Close the file, and let another server have it."""
@@ -99,6 +100,21 @@ class Sqlite:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _resolved(name: str) -> Path:
+    """The file itself: its lock and its log lie beside it, whatever link leads to it."""
+    path = Path(os.path.realpath(name))
+    if path.is_symlink():
+        raise StartError(f"{path}: symbolic links lead in a circle")
+    return path
+
+
+def _check_names(path: Path) -> None:
+    """Raise StartError where a file has another name, under which it would have another log."""
+    count = path.stat().st_nlink
+    if count > 1:
+        raise StartError(f"the file has {count} names (hard links); delete all but this one")
 
 
 def _lock(path: Path) -> int:
@@ -170,9 +186,15 @@ def make_engine(path: Path) -> Engine:
 
 def _set_up(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # transactions begin where SQLAlchemy says so
+    # SQLite's own knows ASCII alone.
+    connection.create_function("lower", 1, str.lower, deterministic=True)
+    _set(connection)
+
+
+def _set(raw: Any) -> None:
     for name, (value, expected) in _SETTINGS.items():
-        connection.execute(f"PRAGMA {name}={value}").fetchone()
-        found = connection.execute(f"PRAGMA {name}").fetchone()[0]
+        raw.execute(f"PRAGMA {name}={value}").fetchone()
+        found = raw.execute(f"PRAGMA {name}").fetchone()[0]
         if found != expected:
             raise StorageError(f"the registry's database refuses {name}={value}")
 
@@ -220,6 +242,19 @@ def _reason(error: OSError | DBAPIError | sqlite3.Error) -> str:
     return str(error.strerror if isinstance(error, OSError) else error)
 
 
-def _touch(raw: Any) -> None:
-    count = raw.execute("PRAGMA user_version").fetchone()[0]
-    raw.execute(f"PRAGMA user_version={(count + 1) % (1 << 31)}")
+def _overwrite(raw: Any) -> None:
+    """Commit something that needs no fsync, and leave the connection as it was set up."""
+    raw.execute("PRAGMA synchronous=OFF")
+    raw.execute("PRAGMA wal_autocheckpoint=0").fetchone()  # that would need an fsync
+    raw.execute("BEGIN IMMEDIATE")
+    try:
+        _touch(raw.execute)
+        raw.execute("COMMIT")
+    finally:
+        raw.rollback()  # no setting changes within a transaction
+        _set(raw)
+
+
+def _touch(execute: Callable[[str], Any]) -> None:
+    count = execute("PRAGMA user_version").fetchone()[0]
+    execute(f"PRAGMA user_version={(count + 1) % (1 << 31)}")

@@ -22,23 +22,23 @@ def access(folder: Path, *, plugins: Sequence[str] = ()) -> Result:
     """Every route, with every role, in every form of path and Host."""
     path = "server/http/access/test_access.py"
     goal = "routes x roles x forms of path and Host as declared"
-    return _tests(folder, goal, [path], plugins, {"routes": len(ACCESS)})
+    return run_tests(folder, goal, [path], plugins, {"routes": len(ACCESS)})
 
 
 def ray(folder: Path, *, plugins: Sequence[str] = ()) -> Result:
     """One replica is killed under Ray Serve."""
     arguments = ["server/test_ray_app.py", "-k", "killed_replica"]
-    return _tests(folder, "one of two replicas killed under Ray Serve", arguments, plugins, {})
+    return run_tests(folder, "one of two replicas killed under Ray Serve", arguments, plugins, {})
 
 
-def _tests(
+def run_tests(
     folder: Path,
     goal: str,
     arguments: Sequence[str],
     plugins: Sequence[str],
     figures: dict[str, float],
 ) -> Result:
-    """Run tests with plugins, which plant a defect."""
+    """Run tests with plugins, which plant a defect; `figures` go into the result."""
     report = folder / "junit.xml"
     command = [sys.executable, "-m", "pytest", "--quiet", "--no-header", f"--junitxml={report}"]
     command += [part for plugin in plugins for part in ("-p", plugin)]
@@ -47,6 +47,9 @@ def _tests(
     )
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None, done.stdout
+    failed = [
+        case.attrib["name"] for case in suite.iter("testcase") if case.find("failure") is not None
+    ]
     ran = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
     return Result(
         goal=goal,
@@ -55,6 +58,7 @@ def _tests(
         at_most={"failures": 0, "errors": 0, "skipped": 0},
         at_least={"tests": 1},
         remarks=[] if done.returncode == 0 else done.stdout.splitlines()[-10:],
+        failed_tests=failed,
     )
 
 

@@ -20,7 +20,7 @@ from sqlalchemy import Engine
 
 from polyrex.server.registry.archive.checking import check
 from polyrex.server.registry.database import Database
-from reliability.result import Result
+from reliability.result import Figures, Result
 from support.reliability.client import LOST, Client
 from support.reliability.engines import DIGITS
 from support.reliability.fork_server import Forked, ForkServer
@@ -32,6 +32,10 @@ CLIENTS = 4
 LOOKED_AT = 8
 """Tasks that are asked for after each start; at the end, all of them are."""
 KEPT_VERSIONS = 50
+UNDER_LOAD = 0.9
+"""The share of kills that must break off a request; between two of its own, a client has none."""
+MOST_REFUSED = 100
+"""A registry that refuses more than this is killed no more: nothing would ever end it."""
 
 Defects = Sequence[str]
 
@@ -49,6 +53,9 @@ class _Run:
     number: Iterator[int] = field(default_factory=itertools.count)
     starts: list[float] = field(default_factory=list)
     early_kills: int = 0
+    kills: int = 0  # of a server that was ready, and ran
+    kills_with_requests: int = 0
+    killed: bool = False  # from the moment on in which the server is killed
 
     def start(self) -> Forked:
         """Start the server; sometimes it is killed before it is ready, and started again."""
@@ -79,25 +86,44 @@ class _Run:
     def live(self, life: Forked, wanted: int) -> None:
         """Let clients register until so many were acknowledged; then kill the server."""
         enough = len(self.ledger.acknowledged) + wanted
+        broken_off: list[int] = []
         threads = [
-            threading.Thread(target=self._client, args=(life.port, seed)) for seed in range(CLIENTS)
+            threading.Thread(target=self._client, args=(life.port, seed, broken_off))
+            for seed in range(CLIENTS)
         ]
+        self.killed = False
         for thread in threads:
             thread.start()
-        while len(self.ledger.acknowledged) < enough and any(t.is_alive() for t in threads):
+        while (
+            len(self.ledger.acknowledged) < enough
+            and not self.refuses
+            and any(t.is_alive() for t in threads)
+        ):
             time.sleep(0.001)
         time.sleep(self.random.uniform(0, 0.004))
+        self.killed = True
+        self.kills += not life.ended()
         life.close()
         for thread in threads:
             thread.join()
+        self.kills_with_requests += bool(broken_off)
 
-    def _client(self, port: int, seed: int) -> None:
+    @property
+    def refuses(self) -> bool:
+        """Whether the server answers, but takes nothing."""
+        return self.ledger.refused.total() > MOST_REFUSED
+
+    def _client(self, port: int, seed: int, broken_off: list[int]) -> None:
+        """Register one task after another; note whether the kill broke the last one off."""
         chosen = random.Random(f"{len(self.ledger.sent)} {seed}")
         with Client(port) as client:
             while True:
+                before = not self.killed
                 try:
                     self.register(client, f"task-{chosen.randrange(TASKS)}")
                 except LOST:
+                    if before:
+                        broken_off.append(seed)
                     return
 
 
@@ -109,6 +135,11 @@ def kills(
     `url`: an empty registry.
     """
     started = time.perf_counter()
+    at_least = {
+        "kills": kills,
+        "kills with requests in flight": round(UNDER_LOAD * kills),
+        "acknowledged": acknowledged,
+    }
     with reading(url) as engine:
         run = _Run(url, forks, Routers(forks.small.read_inventory()), defects)
         examiner = Examiner(run.ledger)
@@ -118,9 +149,8 @@ def kills(
                 _examine(run, examiner, engine, life, LOOKED_AT)
             missing = (acknowledged - len(run.ledger.acknowledged)) / (kills - number)
             run.live(life, max(1, round(run.random.uniform(0.2, 1.8) * missing)))
-        while len(run.ledger.acknowledged) < acknowledged:
+        while len(run.ledger.acknowledged) < acknowledged and not run.refuses:
             run.live(run.start(), acknowledged - len(run.ledger.acknowledged))
-            kills += 1
         life = run.start()
         _examine(run, examiner, engine, life, TASKS)
         examiner.follow_again(engine)
@@ -130,7 +160,7 @@ def kills(
     findings = check(kept)
     kept.close()
     seconds = time.perf_counter() - started
-    return _result(run, examiner, findings, kills + run.early_kills, seconds)
+    return _result(run, examiner, findings, seconds, at_least)
 
 
 def _examine(run: _Run, examiner: Examiner, engine: Engine, life: Forked, count: int) -> None:
@@ -145,16 +175,22 @@ def _examine(run: _Run, examiner: Examiner, engine: Engine, life: Forked, count:
 
 
 def _result(
-    run: _Run, examiner: Examiner, findings: Sequence[str], kills: int, seconds: float
+    run: _Run,
+    examiner: Examiner,
+    findings: Sequence[str],
+    seconds: float,
+    at_least: Figures,
 ) -> Result:
     found = {kind: examiner.found[kind] for kind in ("lost", "torn", "invented", "gaps")}
     found["findings of `polyrex registry check`"] = list(findings)
     acknowledged = len(run.ledger.acknowledged)
     return Result(
         goal=f"kill -9 during registration, {run.url.partition(':')[0]}",
-        length=f"{kills} kills, {acknowledged} acknowledged, {CLIENTS} clients, {TASKS} tasks",
+        length=f"{run.kills} kills, {acknowledged} acknowledged, {CLIENTS} clients, {TASKS} tasks",
         figures={
-            "kills": kills,
+            "kills": run.kills,
+            "kills before the server was ready": run.early_kills,
+            "kills with requests in flight": run.kills_with_requests,
             "acknowledged": acknowledged,
             **{kind: len(lines) for kind, lines in found.items()},
             "refused": sum(run.ledger.refused.values()),
@@ -163,5 +199,6 @@ def _result(
             "median start in ms": round(1000 * statistics.median(run.starts)),
         },
         at_most=dict.fromkeys([*found, "refused"], 0),
+        at_least=at_least,
         remarks=[f"{kind}: {line}" for kind, lines in found.items() for line in lines],
     )

@@ -11,7 +11,7 @@ import gc
 import hashlib
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -34,7 +34,19 @@ FEW = 10
 MEBIBYTES = 400
 """Memory that 100,000 tasks may take; of fewer, their share."""
 SAMPLES = 200
-"""Pairs of first tokens, and registrations, that are timed."""
+"""Pairs of first tokens that are timed; and five times as many registrations."""
+LISTED = 10_000
+
+SIZES: Mapping[str, float] = {"memory in MiB": MEBIBYTES, "/metrics in KiB": 256}
+TIMES: Mapping[str, float] = {
+    "start in s, more than with 10": 5,
+    "/metrics in ms": 50,
+    f"list of {LISTED} models in ms": 100,
+    "time to first token, of that with 10": 1.05,
+    "registration in ms, median": 5,
+    "registration in ms, p99": 25,
+}
+"""The limits, for 100,000 tasks."""
 
 _BATCH = 5000
 
@@ -141,13 +153,13 @@ def many_tasks(
     folder: Path,
     *,
     count: int,
-    timed: bool = True,
+    samples: int = 0,
     defects: Sequence[str] = (),
 ) -> Result:
     """Compare a registry of so many tasks with one of 10; the defects are those of the large one.
 
-    `folder`: an empty one, for the registries. `timed`: also measure times, which says something
-    on a quiet machine alone.
+    `folder`: an empty one, for the registries. `samples`: pairs of first tokens; without any, no
+    times are measured, which say something on a quiet machine alone, and of 10,000 tasks or more.
     """
     urls = {size: f"sqlite:///{folder / str(size)}/registry.db" for size in (FEW, count)}
     for size, url in urls.items():
@@ -161,49 +173,43 @@ def many_tasks(
             with side.server.client() as client:
                 _first_tokens(client, side.names)
                 _page_through(client)
-        figures, at_most = _sizes(few, many, count)
-        if timed:
-            found, limits = _times(few, many, Routers(forks.small.read_inventory()))
-            figures |= found
-            at_most |= limits
+        figures = _sizes(few, many)
+        at_most = {**SIZES, "memory in MiB": MEBIBYTES * count / 100_000}
+        if samples:
+            make = Routers(forks.small.read_inventory())
+            figures |= _times(few, many, make, samples)
+            at_most |= TIMES
     return Result(
         goal=f"{count} tasks",
-        length=f"{count} tasks and {FEW}" + (f", {SAMPLES} pairs" if timed else ""),
+        length=f"{count} tasks and {FEW}" + (f", {samples} pairs" if samples else ""),
         figures=figures,
         at_most=at_most,
     )
 
 
-def _sizes(few: _Side, many: _Side, count: int) -> tuple[dict[str, float], dict[str, float]]:
+def _sizes(few: _Side, many: _Side) -> dict[str, float]:
     with many.server.client() as client:
         metrics = client.send("GET", "/metrics").body
-    figures = {
+    return {
         "memory in MiB": round(many.megabytes() - few.megabytes(), 1),
         "/metrics in KiB": round(len(metrics) / 1024, 1),
     }
-    return figures, {"memory in MiB": MEBIBYTES * count / 100_000, "/metrics in KiB": 256}
 
 
-def _times(few: _Side, many: _Side, make: Routers) -> tuple[dict[str, float], dict[str, float]]:
+def _times(few: _Side, many: _Side, make: Routers, samples: int) -> dict[str, float]:
     with few.server.client() as one, many.server.client() as two:
-        ratios = _first_token_ratios((one, few.names), (two, many.names))
+        ratios = _first_token_ratios((one, few.names), (two, many.names), samples)
         scrapes = [_seconds_of_metrics(two) for _ in range(20)]
-        registered = _seconds_of_registrations(two, make)
-    figures = {
+        lists = [_seconds_of_models(two) for _ in range(20)]
+        registered = _seconds_of_registrations(two, make, 5 * samples)
+    return {
         "start in s, more than with 10": round(many.started - few.started, 2),
         "/metrics in ms": round(1000 * statistics.median(scrapes), 1),
+        f"list of {LISTED} models in ms": round(1000 * statistics.median(lists), 1),
         "time to first token, of that with 10": round(statistics.median(ratios), 3),
         "registration in ms, median": round(1000 * statistics.median(registered), 2),
         "registration in ms, p99": round(1000 * statistics.quantiles(registered, n=100)[98], 2),
     }
-    limits = {
-        "start in s, more than with 10": 5,
-        "/metrics in ms": 50,
-        "time to first token, of that with 10": 1.05,
-        "registration in ms, median": 5,
-        "registration in ms, p99": 25,
-    }
-    return figures, limits
 
 
 def _first_tokens(client: Client, names: Sequence[str]) -> float:
@@ -216,12 +222,12 @@ def _first_tokens(client: Client, names: Sequence[str]) -> float:
 
 
 def _first_token_ratios(
-    few: tuple[Client, Sequence[str]], many: tuple[Client, Sequence[str]]
+    few: tuple[Client, Sequence[str]], many: tuple[Client, Sequence[str]], samples: int
 ) -> list[float]:
     """Of each turn with many tasks, the ratio to the mean of the turns before and after it."""
     gc.collect()
     ratios, before = [], _first_tokens(*few)
-    for _ in range(SAMPLES):
+    for _ in range(samples):
         between = _first_tokens(*many)
         after = _first_tokens(*few)
         ratios.append(2 * between / (before + after))
@@ -235,9 +241,18 @@ def _seconds_of_metrics(client: Client) -> float:
     return time.perf_counter() - began
 
 
-def _seconds_of_registrations(client: Client, make: Routers) -> list[float]:
+def _seconds_of_models(client: Client) -> float:
+    began = time.perf_counter()
+    answer = client.send("GET", f"/v1/models?limit={LISTED}")
+    seconds = time.perf_counter() - began
+    if len(answer.json()["data"]) != LISTED + 1:  # with the base model
+        raise RuntimeError(f"{answer.status} {answer.body!r:.200}")
+    return seconds
+
+
+def _seconds_of_registrations(client: Client, make: Routers, count: int) -> list[float]:
     seconds = []
-    for number in range(5 * SAMPLES):
+    for number in range(count):
         router = make(1_000_000 + number)
         began = time.perf_counter()
         answer = client.put(f"new-{number}", router)

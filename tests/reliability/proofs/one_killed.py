@@ -24,6 +24,8 @@ STREAMS = 4
 """Clients that stream, on each replica; as many register."""
 TASKS = 20
 ANSWERED = "answered"
+SECONDS = 120
+"""Without an answer for so long, a run has failed."""
 
 
 @dataclass
@@ -88,11 +90,17 @@ class _Run:
 
     def wait_for(self, registrations: int, answers: int) -> None:
         """Wait until the clients have got so far, or one of them failed where none may."""
-        while not self.wrong and (
-            len(self.ledger.acknowledged) < registrations
-            or self.answers.count(self.replicas[1]) < answers
-        ):
+        before, moved = self._progress(), time.monotonic()
+        while not self.wrong and (before[0] < registrations or before[1] < answers):
             time.sleep(0.01)
+            if (now := self._progress()) != before:
+                before, moved = now, time.monotonic()
+            elif time.monotonic() > moved + SECONDS:
+                self.wrong.append(f"nothing has happened for {SECONDS} s")
+
+    def _progress(self) -> tuple[int, int]:
+        """Registrations, and answers of the replica that lives on."""
+        return len(self.ledger.acknowledged), self.answers.count(self.replicas[1])
 
 
 def one_killed(forks: ForkServer, url: str, *, registrations: int, forget: int = 0) -> Result:

@@ -26,7 +26,7 @@ from support.prefix_cache.isolation import Isolation, Salt, run_isolation
 from support.prefix_cache.timing import Timing, compare_times
 from support.random_inventory import make_task
 from support.reliability.small_base import Routers, SmallBase
-from support.tenants.isolation import SENDS, Guessing, guess_at_tasks
+from support.tenants.isolation import ROUTES, Guessing, guess_at_tasks
 
 CACHE = EmbeddedConfig(kv_cache_tokens=32 << 10, slots=64)
 TASKS = 8
@@ -45,8 +45,10 @@ def guesses(small: SmallBase, folder: Path, *, count: int, open_index: bool = Fa
     with ExitStack() as running:
         if open_index:
             running.enter_context(patch.object(Index, "find", _find_for_anybody(Index.find)))
-        served = running.enter_context(serving(folder, inventory, tokenizer, FakeEngine()))
-        found = guess_at_tasks(served.client, (make(1), make(2)), count)
+        served = running.enter_context(
+            serving(folder, inventory, tokenizer, FakeEngine(), lora_dir=folder)
+        )
+        found = guess_at_tasks(served.client, folder, (make(1), make(2)), count)
     return _guesses(found)
 
 
@@ -74,10 +76,10 @@ def _guesses(found: Guessing) -> Result:
     }
     return Result(
         goal="guesses at the tasks of another tenant",
-        length=f"{found.asked} guesses over {len(SENDS)} routes",
+        length=f"{found.asked} guesses over {len(ROUTES)} routes",
         figures=figures,
         at_most=dict.fromkeys(list(figures)[2:], 0),
-        at_least={"routes": len(SENDS)},
+        at_least={"routes": len(ROUTES)},
         remarks=[*several, *map(str, found.leaks)],
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from reliability.result import Result
 from support.reliability.client import LOST, Client
+from support.reliability.ports import reserved_port
 from support.reliability.small_base import Routers, SmallBase, quiet_threads
 
 SECONDS = 120
@@ -23,22 +23,27 @@ def _serve(
     small: SmallBase, folder: Path, output: Path
 ) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     """A server process, and its port; the context ends it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("polyrex")), "serve", "--port", str(port)]
+    command = [str(Path(sys.executable).with_name("polyrex")), "serve"]
     command += ["--base", str(small.base), "--inventory", str(small.inventory)]
     command += ["--tasks-dir", str(folder)]
     with (
+        reserved_port() as port,
         output.open("wb") as out,
         subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=quiet_threads()
+            [*command, "--port", str(port)],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=quiet_threads(),
         ) as process,
     ):
         try:
             yield port, process
         finally:
             process.terminate()
+            try:
+                process.wait(SECONDS)
+            finally:
+                process.kill()
 
 
 def _wait_until_ready(port: int, process: subprocess.Popen[bytes], output: Path) -> None:
@@ -91,10 +96,11 @@ def two_servers(small: SmallBase, folder: Path, *, same_folder: bool = True) -> 
 
 def _second(small: SmallBase, tasks: Path, output: Path) -> tuple[bool, bool]:
     """Whether a second server ended with an error, and whether its message names the database."""
+    end = time.monotonic() + SECONDS
     with _serve(small, tasks, output) as (port, process), Client(port) as client:
         while process.poll() is None:
             try:
-                if client.send("GET", "/readyz").status == 200:
+                if time.monotonic() > end or client.send("GET", "/readyz").status == 200:
                     return False, False
             except LOST:
                 time.sleep(0.1)

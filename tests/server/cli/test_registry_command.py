@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
-from sqlalchemy import insert, select, text
+from sqlalchemy import insert, select, text, update
 
 from polyrex.server.registry.database import Database, folder_url
 from polyrex.server.registry.principal import OPERATOR
-from polyrex.server.registry.schema import tenants
+from polyrex.server.registry.schema import routers, tasks, tenants, versions
 from support.command_line import polyrex
 
 
@@ -86,3 +87,28 @@ def test_the_registry_is_the_one_that_the_servers_environment_names(
         with monkeypatch.context() as environment:
             environment.setenv(variable, value)
             assert polyrex("registry", "check").exit_code == 0, variable
+
+
+def test_import_names_the_tasks_that_stay_dropped(database_url: str, tmp_path: Path) -> None:
+    task = {"tenant_id": 1, "name": "one", "created": 0.0, "changed": 1, "labels": {}}
+    router = {"sha256": hashlib.sha256(b"router").digest(), "data": b"router"}
+    version = {
+        **{"task_id": 1, "version": 1, "router_sha256": router["sha256"], "size_bytes": 6},
+        **{"inventory_sha256": "ab" * 32, "created": 0.0, "description": ""},
+        **{"provenance": {}, "scores": {}},
+    }
+    with Database(database_url) as database, database.change(OPERATOR) as change:
+        change.connection.execute(insert(routers), router)
+        counted = {"last_version": 1, "current_version": 1}
+        change.connection.execute(insert(tasks), task | counted)
+        change.connection.execute(insert(versions), version)
+        change.record("register", "task", 1)
+    file = tmp_path / "export"
+    assert polyrex("registry", "export", file, "--registry", database_url).exit_code == 0
+    with Database(database_url) as database, database.change(OPERATOR) as change:
+        change.connection.execute(update(tasks).values(deleted=1.0))
+        change.record("drop", "task", 1)
+    done = polyrex("registry", "import", file, "--registry", database_url)
+    assert done.stdout == (
+        "0 tasks and 0 tenants added, 0 tasks unchanged\ndropped here, and left so: default:one\n"
+    )

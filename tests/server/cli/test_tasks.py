@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +130,64 @@ def test_a_server_that_is_not_there_is_named() -> None:
     assert done.stderr.startswith("polyrex tasks: http://127.0.0.1:9: ")
 
 
+@contextmanager
+def gateway(status: int, body: bytes) -> Iterator[str]:
+    """The address of something that answers every request in its own way."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("content-length", "0")))
+            self.send_response(status)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "shown"),
+    [
+        (502, b"<html>\n  <b>Bad Gateway</b>\n" + b"x" * 1000, "<html> <b>Bad Gateway</b> xxx"),
+        (429, b"slow down", "slow down"),
+        (503, b'{"message": "no upstream"}', '{"message": "no upstream"}'),
+        (500, b'"text"', '"text"'),
+        (200, b"", ""),
+        (200, b"\xff\x00", ""),
+    ],
+)
+def test_what_is_not_the_servers_answer_is_told_in_one_line(
+    tmp_path: Path, status: int, body: bytes, shown: str
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"input": "a", "answer": "b"}\n')
+    fit = ("fit", "--task", "a", "--rows", rows, "--instruction", "b")
+    with gateway(status, body) as url:
+        for command in (("tasks", "list"), fit) if status != 200 else (("tasks", "list"),):
+            done = polyrex(*command, "--server", url)
+            assert done.exit_code == 1
+            assert f": status {status}, not from polyrex: {shown}" in done.stderr
+            assert done.stderr.count("\n") == 1
+            assert len(done.stderr) < 400
+
+
 def test_a_key_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n")
-    for name in ("no-such-file", "empty"):
+    (tmp_path / "letters").write_text("schlüssel\n")
+    (tmp_path / "control").write_text("a\0b\n")
+    for name in ("no-such-file", "empty", "letters", "control"):
         done = polyrex("tasks", "list", "--api-key-file", tmp_path / name)
         assert done.exit_code == 1
         assert done.stderr.startswith(f"polyrex tasks: {tmp_path / name}: ")

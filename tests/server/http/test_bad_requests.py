@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from polyrex.adapters.files.inventory import Inventory
 from support.fake_server import FakeEngine, Serve, Served, serving
+from support.random_inventory import MakeRouter
 
 
 @pytest.fixture(scope="module")
@@ -200,3 +201,23 @@ def test_a_body_that_is_not_declared_as_json_is_refused(served: Served) -> None:
     )
     assert response.status_code == 400
     assert served.engine.requests == []
+
+
+@pytest.mark.parametrize("name", ["base", "default:base", "other:base"])
+def test_no_task_takes_the_base_models_name(
+    served: Served, make_router: MakeRouter, name: str
+) -> None:
+    headers = {"content-type": "application/octet-stream"}
+    sent = [
+        served.client.put(f"/v1/tasks/{name}", content=make_router(1), headers=headers),
+        served.client.post(
+            "/v1/tasks", params={"name": name}, content=make_router(1), headers=headers
+        ),
+    ]
+    assert {response.status_code for response in sent} == {400}
+    errors = [response.json()["error"] for response in sent]
+    assert errors[0] == errors[1]
+    assert (errors[0]["message"], errors[0]["param"]) == (
+        f"'{name}' is the base model's name",
+        "name",
+    )

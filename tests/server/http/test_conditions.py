@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
@@ -13,6 +16,8 @@ import pytest
 from polyrex.server.http import conditions
 from support.fake_server import Served
 from support.random_inventory import MakeRouter
+
+from .test_faults import eventually
 
 BINARY = {"content-type": "application/octet-stream"}
 CLIENTS, ROUNDS = 16, 12
@@ -184,6 +189,13 @@ def test_many_clients_that_wait_do_not_keep_others_from_their_answers(
     served: Served, make_router: MakeRouter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(conditions, "REPLICA_WAIT", 20.0)
+    asleep: set[asyncio.Task[Any] | None] = set()  # requests that wait
+
+    async def sleep(seconds: float) -> None:
+        asleep.add(asyncio.current_task())
+        await asyncio.sleep(seconds)
+
+    monkeypatch.setattr(conditions, "asyncio", SimpleNamespace(**vars(asyncio) | {"sleep": sleep}))
     revision = put(served, "one", make_router(1)).headers["x-polyrex-revision"]
     ahead = {"x-polyrex-min-revision": str(int(revision) + 2)}
 
@@ -192,6 +204,7 @@ def test_many_clients_that_wait_do_not_keep_others_from_their_answers(
 
     with ThreadPoolExecutor(64) as pool:
         waiting = [pool.submit(wait, number) for number in range(64)]
+        eventually(lambda: len(asleep) == 64)
         for seed in (2, 3):
             put(served, "one", make_router(seed))
         versions = {each.result().json()["version"] for each in waiting}

@@ -11,7 +11,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from polyrex.server.errors import EngineError
+from polyrex.server.errors import EngineError, StorageError
+from polyrex.server.registry.edits import TaskEdits
 from support.fake_server import FakeEngine, Serve, Served
 from support.tenants.identities import bearer, make_key, make_tenant
 
@@ -160,3 +161,23 @@ def test_a_tenant_that_floods_does_not_keep_others_out(serve: Serve) -> None:
             served.engine.hang = False
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
             assert served.complete().status_code == 200
+
+
+@pytest.mark.parametrize("error", [StorageError("away"), KeyError("of ours")])
+def test_a_purge_that_fails_is_not_the_last_one(
+    serve: Serve,
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    purges = threading.Semaphore(0)
+
+    def fail(_edits: TaskEdits, _before: float) -> int:
+        purges.release()
+        raise error
+
+    monkeypatch.setattr(TaskEdits, "purge", fail)
+    monkeypatch.setattr("polyrex.server.http.app._PURGE_SECONDS", 0.01)
+    serve()
+    assert all(purges.acquire(timeout=10) for _ in range(3))
+    assert "dropped tasks are not purged" in caplog.text

@@ -5,9 +5,11 @@ A script plays the worker here.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,14 @@ import pytest
 from polyrex.server.requests import fitting
 from support.command_line import Finished, polyrex
 from support.fake_server import Serve, Served
+from support.registry.waiting import transactions_that_wait
+from support.tenants.identities import (
+    OPERATOR_DIGESTS,
+    OPERATOR_KEY,
+    client_of,
+    make_key,
+    make_tenant,
+)
 
 from .test_faults import eventually
 
@@ -62,6 +72,17 @@ def play(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, make_router: MakeRoute
 def events_of(response: httpx.Response) -> list[dict[str, Any]]:
     lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
     return [json.loads(line) for line in lines if line != "[DONE]"]
+
+
+PATH = "/v1/tasks/fitted/fit"
+
+
+def fit_if(
+    served: Served, name: str = "fitted", *, replace: bool = False, **headers: str
+) -> httpx.Response:
+    sent = {key.replace("_", "-"): value for key, value in headers.items()}
+    body = BODY | {"replace": replace}
+    return served.client.post(f"/v1/tasks/{name}/fit", json=body, headers=sent)
 
 
 def fit(served: Served, name: str = "fitted", **changes: Any) -> httpx.Response:
@@ -144,6 +165,111 @@ def test_one_task_is_fitted_at_a_time_and_ends_with_its_client(
     eventually(lambda: fit(served, "another").status_code == 200)
 
 
+def test_a_condition_that_does_not_hold_is_told_before_the_fit(served: Served, play: Play) -> None:
+    play(SCORED)
+    fit_if(served, if_none_match="*").raise_for_status()
+    etag = served.client.get("/v1/tasks/fitted").headers["etag"]
+    for refused in (
+        fit_if(served, replace=True, if_none_match="*"),
+        fit_if(served, replace=True, if_match='"0"'),
+        fit_if(served, "another", if_match="*"),
+    ):
+        assert (refused.status_code, refused.json()["error"]["code"]) == (
+            412,
+            "precondition_failed",
+        )
+    last = events_of(fit_if(served, replace=True, if_match=etag))[-1]
+    assert last["event"] == "registered"
+
+
+def test_a_condition_that_holds_no_more_after_the_fit_refuses_its_router(
+    served: Served, play: Play, tmp_path: Path, make_router: MakeRouter
+) -> None:
+    go = tmp_path / "go"
+    play(
+        {"event": "started"},
+        SCORED,
+        ending=f"while not os.path.exists({str(go)!r}): time.sleep(0.01)",
+    )
+    headers = {"If-None-Match": "*"}
+    with served.client.stream("POST", PATH, json=BODY, headers=headers) as response:
+        lines = response.iter_lines()
+        assert "started" in next(lines)
+        binary = {"content-type": "application/octet-stream"}
+        served.client.put("/v1/tasks/fitted", content=make_router(2), headers=binary)
+        go.touch()
+        last = [line for line in lines if line][-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "precondition_failed"
+    assert served.client.get("/v1/tasks/fitted").json()["version"] == 1
+
+
+def test_a_fit_repeated_with_its_key_has_the_first_result(
+    served: Served, play: Play, make_router: MakeRouter
+) -> None:
+    play(SCORED)
+    first, again = (events_of(fit_if(served, idempotency_key="k"))[-1] for _ in range(2))
+    assert first["event"] == again["event"] == "registered"
+    assert first["task"]["version"] == again["task"]["version"] == 1
+    assert fit_if(served, idempotency_key="another").status_code == 409
+    play(SCORED, router=make_router(2))
+    other = events_of(fit_if(served, idempotency_key="k"))[-1]
+    assert other["error"]["code"] == "idempotency_mismatch"
+    assert served.client.get("/v1/tasks/fitted").json()["last_version"] == 1
+
+
+def test_a_tenant_without_room_for_a_task_is_told_before_the_fit(
+    served: Served, play: Play
+) -> None:
+    play(SCORED)
+    make_tenant(served.client, "acme", tasks=1)
+    with client_of(served.url, make_key(served.client, "acme", "task-admin")) as acme:
+        as_acme = dataclasses.replace(served, client=acme)
+        assert events_of(fit(as_acme))[-1]["event"] == "registered"
+        refused = fit(as_acme, "another")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "quota_exceeded")
+        assert events_of(fit(as_acme, replace=True))[-1]["event"] == "registered"
+
+
+def test_a_fit_is_one_of_its_tenants_requests_while_it_runs(
+    served: Served, play: Play, tmp_path: Path
+) -> None:
+    go = tmp_path / "go"
+    play(
+        {"event": "started"},
+        SCORED,
+        ending=f"while not os.path.exists({str(go)!r}): time.sleep(0.01)",
+    )
+    make_tenant(served.client, "acme", requests_per_minute=2, concurrent=1)
+    with client_of(served.url, make_key(served.client, "acme", "task-admin")) as acme:
+        as_acme = dataclasses.replace(served, client=acme)
+        with acme.stream("POST", PATH, json=BODY) as response:
+            lines = response.iter_lines()
+            assert "started" in next(lines)
+            beside = as_acme.complete()
+            busy = fit(served, "another")
+            elsewhere = served.complete()
+            go.touch()
+            assert "registered" in list(lines)[-4]
+        assert (beside.status_code, beside.json()["error"]["code"]) == (429, "overloaded")
+        assert (busy.status_code, "acme" in busy.text) == (429, False)
+        assert elsewhere.status_code == 200
+        assert as_acme.complete().headers["x-ratelimit-remaining-requests"] == "0"
+        refused = fit(as_acme, replace=True)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+
+
+def test_others_are_answered_while_a_fit_waits_for_the_database(served: Served, play: Play) -> None:
+    play(SCORED)
+    with ThreadPoolExecutor(1) as another:
+        with transactions_that_wait(served) as begun:
+            waiting = another.submit(fit, served)
+            assert begun.wait(30)
+            answer = served.client.get("/livez")
+            answered_before = waiting.done()
+        assert events_of(waiting.result())[-1]["event"] == "registered"
+    assert (answer.status_code, answered_before) == (200, False)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -171,6 +297,34 @@ def test_name_that_no_task_may_have_is_400(serve: Serve, name: str, message: str
     response = fit(serve(), name)
     assert response.status_code == 400
     assert message in response.json()["error"]["message"]
+
+
+def test_tenant_cannot_fit_what_is_anothers(
+    serve: Serve, play: Play, tmp_path: Path, make_router: MakeRouter
+) -> None:
+    served = serve(api_key_digests=OPERATOR_DIGESTS)
+    play(SCORED, router=make_router(2))
+    with client_of(served.url, OPERATOR_KEY) as operator:
+        for tenant in ("acme", "rival"):
+            make_tenant(operator, tenant)
+        binary = {"content-type": "application/octet-stream"}
+        operator.put("/v1/tasks/acme:one", content=make_router(1), headers=binary)
+        before = operator.get("/v1/tasks/acme:one").raise_for_status().json()
+        with client_of(served.url, make_key(operator, "rival", "task-admin")) as rival:
+            refused = {
+                (response.status_code, response.text.replace(name, "NAME"))
+                for name in ("acme:one", "acme:one@1", "acme:two", "nobody:nothing")
+                for replace in (False, True)
+                for response in [
+                    rival.post(f"/v1/tasks/{name}/fit", json=BODY | {"replace": replace})
+                ]
+            }
+            assert {status for status, _ in refused} == {404}
+            assert len(refused) == 1
+            assert not (tmp_path / "job.json").exists()
+            own = events_of(rival.post("/v1/tasks/one/fit", json=BODY))[-1]["task"]
+            assert (own["tenant"], own["version"]) == ("rival", 1)
+        assert operator.get("/v1/tasks/acme:one").json() == before
 
 
 def polyrex_fit(served: Served, rows: Path, *options: str) -> Finished:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sqlite3
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
+import pytest
 from sqlalchemy import Connection, event
 from sqlalchemy.exc import OperationalError
 
@@ -27,10 +29,6 @@ def metrics(served: Served) -> dict[str, float]:
     return {name: float(value) for name, value in pairs}
 
 
-def fail_to_commit(_connection: Connection) -> None:
-    raise OperationalError("COMMIT", {}, Exception("secret detail"))
-
-
 def test_the_index_names_the_server_and_leads_on(served: Served) -> None:
     response = served.client.get("/")
     assert response.status_code == 200
@@ -47,9 +45,28 @@ def test_the_index_names_the_server_and_leads_on(served: Served) -> None:
         assert served.client.get(path).status_code == 200, path
 
 
+@pytest.mark.parametrize(
+    ("failure", "status", "code", "retry_after"),
+    [
+        ("SQLITE_IOERR_FSYNC", 503, "storage_error", "1"),
+        ("SQLITE_FULL", 507, "storage_full", None),  # nobody knows when there is room again
+    ],
+)
 def test_server_whose_database_fails_is_degraded_and_goes_on_answering(
-    served: Served, make_router: MakeRouter
+    served: Served,
+    make_router: MakeRouter,
+    failure: str,
+    status: int,
+    code: str,
+    retry_after: str | None,
 ) -> None:
+    def fail_to_commit(connection: Connection) -> None:
+        driver: Any = connection.connection.driver_connection
+        driver.rollback()  # as SQLite does by itself where a COMMIT fails
+        error = sqlite3.OperationalError("secret detail")
+        error.sqlite_errorname = failure
+        raise OperationalError("COMMIT", {}, error)
+
     assert put(served, "plural", make_router(0)).status_code == 201
     assert served.client.get("/readyz").json() == {"status": "ready"}
     assert metrics(served)["polyrex_registry_degraded"] == 0
@@ -57,12 +74,12 @@ def test_server_whose_database_fails_is_degraded_and_goes_on_answering(
     event.listen(engine, "commit", fail_to_commit)
     refused = put(served, "another", make_router(0))
     event.remove(engine, "commit", fail_to_commit)
-    assert refused.status_code == 503
+    assert (refused.status_code, refused.json()["error"]["code"]) == (status, code)
+    assert refused.headers.get("retry-after") == retry_after
     assert "secret detail" not in refused.text
     degraded = served.client.get("/readyz")
     assert degraded.status_code == 200
-    assert degraded.json()["status"] == "degraded"
-    assert "secret detail" not in degraded.text
+    assert degraded.json() == {"status": "degraded"}  # anybody may ask; the log says why
     assert metrics(served)["polyrex_registry_degraded"] == 1
     assert served.complete(task="plural").status_code == 200
     assert served.complete(task="another").status_code == 404

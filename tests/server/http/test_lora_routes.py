@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -12,6 +13,13 @@ import pytest
 from polyrex.server.requests.lora_folder import read_below
 from support.fake_server import Serve, Served
 from support.random_inventory import MakeRouter
+from support.tenants.identities import (
+    OPERATOR_DIGESTS,
+    OPERATOR_KEY,
+    client_of,
+    make_key,
+    make_tenant,
+)
 
 
 @pytest.fixture
@@ -118,6 +126,10 @@ def test_the_old_version_stays_where_the_new_one_cannot_be_loaded(
             {"lora_name": "base", "lora_path": "a"},
             "The lora adapter 'base' conflicts with a served base model.",
         ),
+        (
+            {"lora_name": "default:base", "lora_path": "a"},
+            "The lora adapter 'default:base' conflicts with a served base model.",
+        ),
     ],
 )
 def test_what_vllm_refuses_is_refused_in_its_words(
@@ -158,6 +170,94 @@ def test_without_the_flag_both_routes_are_forbidden(serve: Serve, folder: Path) 
         response = served.client.post(f"/v1/{path}", json=body)
         assert response.status_code == 403
         assert "--lora-dir" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["acme:policy", "acme:policy@1", "acme:policy@prod"])
+def test_a_tenant_can_neither_load_nor_unload_what_is_anothers(
+    serve: Serve, folder: Path, make_router: MakeRouter, name: str
+) -> None:
+    for place in (folder, folder / "rival"):
+        place.mkdir(exist_ok=True)
+        (place / "router.safetensors").write_bytes(make_router(2))
+    served = serve(lora_dir=folder, api_key_digests=OPERATOR_DIGESTS)
+    with client_of(served.url, OPERATOR_KEY) as operator:
+        for tenant in ("acme", "rival"):
+            make_tenant(operator, tenant)
+        binary = {"content-type": "application/octet-stream"}
+        operator.put("/v1/tasks/acme:policy", content=make_router(1), headers=binary)
+        operator.put("/v1/tasks/acme:policy/aliases/prod", json={"version": 1})
+        before = operator.get("/v1/tasks/acme:policy").raise_for_status().json()
+        with client_of(served.url, make_key(operator, "rival", "task-admin")) as rival:
+            for path, fields in (
+                ("load", {"lora_path": "router.safetensors"}),
+                ("load", {"lora_path": "router.safetensors", "load_inplace": True}),
+                ("unload", {}),
+            ):
+                found, absent = (
+                    rival.post(f"/v1/{path}_lora_adapter", json={"lora_name": asked, **fields})
+                    for asked in (name, "nobody:nothing")
+                )
+                assert (found.status_code, absent.status_code) == (404, 404)
+                assert found.text.replace(name, "NAME") == absent.text.replace(
+                    "nobody:nothing", "NAME"
+                )
+            assert rival.get("/v1/tasks").json()["data"] == []
+        assert operator.get("/v1/tasks/acme:policy").json() == before
+
+
+@pytest.mark.parametrize("name", ["If-Match", "If-None-Match", "Idempotency-Key"])
+def test_a_condition_is_400_and_nothing_happens(
+    served: Served, folder: Path, make_router: MakeRouter, name: str
+) -> None:
+    (folder / "good").write_bytes(make_router(1))
+    for path, body in (
+        ("load_lora_adapter", {"lora_name": "two", "lora_path": "good"}),
+        ("unload_lora_adapter", {"lora_name": "one"}),
+    ):
+        load(served, "one", "good")
+        response = served.client.post(f"/v1/{path}", json=body, headers={name: "*"})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == name
+    assert [task["name"] for task in served.client.get("/v1/tasks").json()["data"]] == ["one"]
+
+
+def test_a_tenant_loads_from_its_own_folder_alone(
+    served: Served, folder: Path, make_router: MakeRouter
+) -> None:
+    operator = served.client
+    for number, tenant in enumerate(("acme", "rival")):
+        make_tenant(operator, tenant)
+        (folder / tenant).mkdir()
+        (folder / tenant / f"{tenant}-1").write_bytes(make_router(number))
+    (folder / "mine").write_bytes(make_router(3))
+    (folder / "rival" / "link").symlink_to(folder / "acme" / "acme-1")
+    with client_of(served.url, make_key(operator, "rival", "task-admin")) as rival:
+        as_rival = replace(served, client=rival)
+        assert load(as_rival, "one", "rival-1").status_code == 200
+        assert load(as_rival, "two", folder / "rival" / "rival-1").status_code == 200
+        missing = load(as_rival, "three", "nothing-of-this-name")
+        assert missing.status_code == 404
+        acmes = folder / "acme" / "acme-1"
+        for path in ("../acme/acme-1", "acme/acme-1", acmes, "link", "../mine", folder / "mine"):
+            response = load(as_rival, "three", path)
+            assert (response.status_code, response.content) == (404, missing.content), path
+    assert load(served, "one", "mine").status_code == 200
+    assert load(served, "two", "acme/acme-1").status_code == 200
+
+
+def test_a_tenant_without_a_folder_finds_nothing(
+    served: Served, folder: Path, make_router: MakeRouter
+) -> None:
+    make_tenant(served.client, "acme")
+    (folder / "good").write_bytes(make_router(1))
+    with client_of(served.url, make_key(served.client, "acme", "task-admin")) as acme:
+        response = load(replace(served, client=acme), "one", "good")
+    assert response.status_code == 404
+    assert response.json() == vllm_error(
+        "Loading lora one failed: No adapter found for the lora_path below --lora-dir",
+        "NotFoundError",
+        404,
+    )
 
 
 Attack = Callable[[Path, Path], object]

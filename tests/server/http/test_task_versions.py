@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
 import pytest
 
-from support.fake_server import Served
+from polyrex.server.engines.base import GenerationRequest, TokenChunk
+from support.fake_server import FakeEngine, Serve, Served
 from support.random_inventory import MakeRouter
+from support.tenants.identities import client_of, make_key, make_tenant
 
 BINARY = {"content-type": "application/octet-stream"}
 UNKNOWN = "no such task, or not for this key"
@@ -65,14 +70,35 @@ def test_roll_back_and_promote(served: Served, one: list[str]) -> None:
     assert served.client.post("/v1/tasks/one/rollback", json={"version": 4}).status_code == 404
 
 
-def test_a_request_under_way_keeps_its_version(served: Served, one: list[str]) -> None:
-    with served.client.stream(
-        "POST", "/v1/completions", json={"prompt": "Hello", "task": "one", "stream": True}
-    ) as response:
-        served.client.post("/v1/tasks/one/rollback", json={"version": 1})
-        text = response.read().decode()
-    assert "one@3" in text
-    assert "one@1" not in text
+class GatedEngine(FakeEngine):
+    """Goes on after its first token when the gate is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
+        async for chunk in super().generate(request):
+            yield chunk
+            while not self.gate.is_set():
+                await asyncio.sleep(0.01)
+
+
+def test_a_request_under_way_keeps_its_version(serve: Serve, make_router: MakeRouter) -> None:
+    engine = GatedEngine()
+    served = serve(engine)
+    for seed in (1, 2):
+        served.client.put("/v1/tasks/one", content=make_router(seed), headers=BINARY)
+    body = {"prompt": "Hello", "task": "one", "stream": True, "max_tokens": 3}
+    with served.client.stream("POST", "/v1/completions", json=body) as response:
+        lines = response.iter_lines()
+        events = [next(lines)]
+        assert served.client.post("/v1/tasks/one/rollback", json={}).json()["version"] == 1
+        assert len(engine.running) == 1
+        engine.gate.set()
+        events += [line for line in lines if line.startswith("data: {")]
+    assert len(events) > 2
+    assert all('"system_fingerprint": "one@2:' in event for event in events)
     assert answering(served, "one") == "one@1"
 
 
@@ -104,6 +130,21 @@ def test_a_canary_answers_a_share_of_the_requests_and_is_counted(
     assert answering(served, "one@3", user="user-0") == "one@3"
     assert served.client.delete("/v1/tasks/one/canary").json()["canary"] is None
     assert {answering(served, "one", user=user) for user in users} == {"one@3"}
+
+
+def test_a_guest_does_not_see_how_many_requests_others_sent(served: Served, one: list[str]) -> None:
+    make_tenant(served.client, "guest")
+    served.client.put("/v1/tasks/one/shared_with/guest", json={}).raise_for_status()
+    served.client.put("/v1/tasks/one/canary", json={"version": 1, "share": 1}).raise_for_status()
+    assert answering(served, "one") == "one@1"
+    with client_of(served.url, make_key(served.client, "guest", "inference")) as guest:
+        seen = guest.get("/v1/tasks/default:one").json()
+        listed = guest.get("/v1/tasks/default:one/versions").json()
+    assert seen["canary"] == {"version": 1, "share": 1, "requests": None}
+    own = served.client.get("/v1/tasks/one").json()
+    assert own["canary"]["requests"] == {"1": 1}
+    # Each version can be shown to the guest by its number, and so the list tells him nothing new.
+    assert listed == served.client.get("/v1/tasks/one/versions").json()
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,10 @@ from safetensors.torch import save
 from transformers import PreTrainedTokenizerBase
 
 from polyrex.adapters.files.inventory import Inventory
+from polyrex.server.http import app
 from support.fake_server import FakeEngine, Serve, Served, serving
+
+from .test_faults import eventually
 
 if TYPE_CHECKING:
     from support.random_inventory import MakeRouter
@@ -298,7 +301,34 @@ def test_a_dropped_task_is_listed_apart_and_comes_back(
     assert served.client.get("/v1/tasks", params={"deleted": "true"}).json()["data"] == []
 
 
-def test_what_was_dropped_long_ago_is_purged_while_the_server_runs(
+def age(folder: Path, name: str) -> None:
+    """Let a task have been dropped long ago."""
+    with closing(sqlite3.connect(folder / "registry.db")) as database:
+        database.execute("UPDATE tasks SET deleted = 1 WHERE name = ?", (name,))
+        database.commit()
+
+
+def dropped(served: Served) -> list[str]:
+    page = served.client.get("/v1/tasks", params={"deleted": "true"}).json()
+    return [task["name"] for task in page["data"]]
+
+
+def test_what_was_dropped_long_ago_is_purged_again_and_again(
+    serve: Serve, make_router: MakeRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "_PURGE_SECONDS", 0.05)
+    served = serve()
+    for name in ("first", "second", "third"):
+        add(served, name, make_router(1))
+        served.client.delete(f"/v1/tasks/{name}")
+    age(served.tasks_folder, "first")
+    eventually(lambda: "first" not in dropped(served))
+    age(served.tasks_folder, "second")  # no purge has seen it yet
+    eventually(lambda: "second" not in dropped(served))
+    assert dropped(served) == ["third"]
+
+
+def test_what_was_dropped_long_ago_is_purged_at_the_start(
     tmp_path: Path,
     random_inventory: Inventory,
     tokenizer: PreTrainedTokenizerBase,
@@ -308,17 +338,10 @@ def test_what_was_dropped_long_ago_is_purged_while_the_server_runs(
         for name in ("long-ago", "lately"):
             add(served, name, make_router(1))
             served.client.delete(f"/v1/tasks/{name}")
-    with closing(sqlite3.connect(tmp_path / "registry.db")) as database:
-        database.execute("UPDATE tasks SET deleted = 1 WHERE name = 'long-ago'")
-        database.commit()
+    age(tmp_path, "long-ago")
     with serving(tmp_path, random_inventory, tokenizer, FakeEngine()) as served:
-        names = ["both"]
-        for _ in range(1000):
-            page = served.client.get("/v1/tasks", params={"deleted": "true"}).json()
-            names = [task["name"] for task in page["data"]]
-            if len(names) == 1:
-                break
-        assert names == ["lately"]
+        eventually(lambda: len(dropped(served)) == 1)
+        assert dropped(served) == ["lately"]
         assert served.client.post("/v1/tasks/long-ago/undelete", json={}).status_code == 404
         assert add(served, "long-ago", make_router(1)).json()["version"] == 2
 

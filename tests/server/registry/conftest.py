@@ -66,6 +66,18 @@ def open_registry(database_url: str, small_inventory: Inventory) -> Iterator[Ope
 
 
 @pytest.fixture
+def pair(postgres_url: str, small_inventory: Inventory) -> Iterator[list[TaskRegistry]]:
+    """Two registries on one PostgreSQL database; nobody follows it yet."""
+    with ExitStack() as opened:
+        yield [
+            opened.enter_context(
+                closing(TaskRegistry(Database(postgres_url), small_inventory, RegistryConfig()))
+            )
+            for _ in range(2)
+        ]
+
+
+@pytest.fixture
 def registry(open_registry: OpenRegistry) -> TaskRegistry:
     """A registry without tasks."""
     return open_registry()

@@ -263,6 +263,43 @@ def test_a_name_with_another_router_stops_the_whole_import(
         assert {table.name: rows(other, table) for table in metadata.sorted_tables} == before
 
 
+def test_a_purged_name_is_taken_again_and_its_versions_go_on_counting(
+    database: Database, tmp_path: Path
+) -> None:
+    export(database, tmp_path / "export")
+    before = described(database)["team:live"]
+    with Database(f"sqlite:///{tmp_path}/other/registry.db") as other:
+        with other.change(OPERATOR) as change:
+            team = add_tenant(change, "team")
+            purged = {"last_version": 5, "current_version": None, "deleted": 9.0}
+            here = add_task(change, team, "live", [], **purged)
+            add_task(change, team, "purged", [], last_version=7, current_version=None)
+        assert import_file(other, tmp_path / "export") == Imported(0, 3, 1)
+        found = described(other)
+        live = found["team:live"]
+        assert [row["id"] for row in rows(other, tasks) if row["name"] == "live"] == [here]
+        assert found["team:purged"]["last_version"] == 7
+        assert check(other) == ()
+        assert import_file(other, tmp_path / "export") == Imported(0, 0, 4)
+    numbers = ("last_version", "current_version", "canary_version")
+    assert [live[name] for name in numbers] == [before[name] + 5 for name in numbers] == [8, 7, 8]
+    assert [row[:2] for row in live["versions"]] == [(b"two", 6), (b"three", 7), (b"one", 8)]
+    assert (live["aliases"], live["shares"]) == ([("prod", 6)], before["shares"])
+    assert (live["deleted"], live["labels"]) == (None, {"of": "us"})
+
+
+def test_a_dropped_task_stays_dropped_and_is_told(database: Database, tmp_path: Path) -> None:
+    export(database, tmp_path / "export")
+    with database.change(OPERATOR) as change:
+        live = tasks.c.name.in_(["live", "plain"])
+        change.connection.execute(tasks.update().where(live).values(deleted=18.0))
+        change.record("drop", "task", 1)
+    before = described(database)
+    done = import_file(database, tmp_path / "export")
+    assert done == Imported(0, 0, 2, ("default:plain", "team:live"))
+    assert described(database) == before
+
+
 def test_a_file_that_is_not_whole_is_not_imported(database: Database, tmp_path: Path) -> None:
     export(database, tmp_path / "export")
     copy = sqlite3.connect(tmp_path / "export")

@@ -7,14 +7,17 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from sqlalchemy import insert, select, text
+from sqlalchemy import Connection, event, insert, select, text, update
+from sqlalchemy.exc import OperationalError
 
-from polyrex.server.errors import StartError, StorageError
+from polyrex.server.errors import InvalidRequest, StartError, StorageError
 from polyrex.server.registry.database import Database
 from polyrex.server.registry.principal import OPERATOR, Principal, Role
 from polyrex.server.registry.schema import audit, state, tenants
+from polyrex.server.registry.storage import failures
 
 
 @pytest.fixture
@@ -162,6 +165,22 @@ def test_sqlite_writes_ahead_and_waits_for_the_disk(tmp_path: Path) -> None:
     database.close()
 
 
+def test_sqlite_waits_for_the_disk_after_a_commit_that_failed(tmp_path: Path) -> None:
+    def fail_to_commit(_connection: Connection) -> None:
+        raise OperationalError("COMMIT", {}, sqlite3.OperationalError("disk I/O error"))
+
+    with Database(f"sqlite:///{tmp_path}/registry.db") as database:
+        event.listen(database.engine, "commit", fail_to_commit)
+        with pytest.raises(StorageError):
+            register(database, "team")
+        event.remove(database.engine, "commit", fail_to_commit)
+        with database.change(OPERATOR) as change:
+            synchronous = change.connection.exec_driver_sql("PRAGMA synchronous").scalar()
+            change.record("create", "tenant", 1)
+        assert synchronous == 2
+        assert revisions(database) == [1]
+
+
 def test_a_setting_that_sqlite_does_not_take_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +211,44 @@ def test_a_second_server_on_one_file_does_not_start(tmp_path: Path) -> None:
     second = Database(url)
     assert names(second) == ["default", "team"]
     second.close()
+
+
+@pytest.mark.parametrize("linked", ["file", "folder"])
+def test_a_second_server_does_not_start_through_a_symbolic_link(
+    tmp_path: Path, linked: str
+) -> None:
+    folder, other = tmp_path / "state", tmp_path / "other"
+    folder.mkdir()
+    if linked == "folder":
+        other.symlink_to(folder)
+    else:
+        other.mkdir()
+        (other / "registry.db").symlink_to(folder / "registry.db")  # not there yet
+    with Database(f"sqlite:///{other}/registry.db") as first:
+        with pytest.raises(StartError, match=r"registry\.db: another server uses this registry"):
+            Database(f"sqlite:///{folder}/registry.db")
+        register(first, "team")
+    with Database(f"sqlite:///{folder}/registry.db") as second:
+        assert names(second) == ["default", "team"]
+
+
+def test_links_that_lead_in_a_circle_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(StartError, match="a: symbolic links lead in a circle"):
+        Database(f"sqlite:///{tmp_path}/a")
+
+
+@pytest.mark.parametrize("serving", [True, False])
+def test_a_file_of_two_names_is_refused(tmp_path: Path, serving: bool) -> None:
+    with Database(f"sqlite:///{tmp_path}/registry.db") as first:
+        (tmp_path / "again.db").hardlink_to(tmp_path / "registry.db")
+        with pytest.raises(StartError, match=r"again\.db: the file has 2 names"):
+            Database(f"sqlite:///{tmp_path}/again.db", serving=serving)
+        register(first, "team")
+    (tmp_path / "again.db").unlink()
+    with Database(f"sqlite:///{tmp_path}/registry.db") as second:
+        assert names(second) == ["default", "team"]
 
 
 def test_the_folder_and_the_file_are_for_their_owner_only(tmp_path: Path) -> None:
@@ -266,6 +323,8 @@ def test_a_start_that_was_broken_off_leaves_nothing_behind(tmp_path: Path) -> No
         ("sqlite://", "name a file"),
         ("sqlite:///:memory:", "name a file"),
         ("postgresql://user:hidden@127.0.0.1:9/name", "refused"),
+        ("postgresql://user@127.0.0.1:9/name?password=hidden", "refused"),
+        ("postgresql://user@127.0.0.1:9/name?sslmode=disable&sslpassword=hidden", "refused"),
     ],
 )
 def test_an_address_that_cannot_be_used_is_refused(url: str, reason: str) -> None:
@@ -284,6 +343,22 @@ def test_postgresql_that_does_not_wait_for_its_disk_is_refused(postgres_url: str
         Database(postgres_url)
 
 
+@pytest.mark.parametrize("value", ["a\0b", 1 << 40])
+def test_a_value_that_postgresql_cannot_hold_is_the_requests_fault(
+    postgres_url: str, value: object
+) -> None:
+    column = tenants.c.name if isinstance(value, str) else tenants.c.id
+    with Database(postgres_url) as database:
+        with (
+            pytest.raises(InvalidRequest, match="cannot be stored") as caught,
+            database.change(OPERATOR) as change,
+        ):
+            change.connection.execute(update(tenants).values({column: value}))
+        assert "UPDATE" not in str(caught.value)
+        assert database.health.ok
+        assert names(database) == ["default"]
+
+
 def test_an_error_of_the_database_tells_no_secrets(database: Database) -> None:
     with pytest.raises(StorageError) as caught, database.read() as connection:
         connection.execute(text("SELECT * FROM missing WHERE 'secret' = :value"), {"value": "v"})
@@ -291,19 +366,18 @@ def test_an_error_of_the_database_tells_no_secrets(database: Database) -> None:
 
 
 def test_health_turns_and_heals_with_one_line_each(
-    database: Database, caplog: pytest.LogCaptureFixture
+    database: Database, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO)
     assert (database.health.ok, database.health.reason) == (True, "")
-    for _ in range(3):
+    for now in (1.0, 2.0, 3.0):
+        monkeypatch.setattr(failures, "time", SimpleNamespace(time=lambda now=now: now))
         with pytest.raises(StorageError), database.read() as connection:
             connection.execute(text("SELECT * FROM missing"))
-    assert not database.health.ok
+    assert (database.health.ok, database.health.since) == (False, 1.0)
     assert database.health.reason.startswith("the registry cannot be read: ")
-    since = database.health.since
     database.probe()
-    assert database.health.ok
-    assert database.health.since >= since
+    assert (database.health.ok, database.health.since) == (True, 3.0)
     assert [record.levelname for record in caplog.records] == ["ERROR", "INFO"]
 
 

@@ -50,7 +50,7 @@ class Clock:
 
 
 def eventually(condition: Callable[[], bool]) -> bool:
-    """Whether the condition holds within a second, or somewhat later on a busy machine."""
+    """Whether the condition holds soon: a second is promised, and a busy machine gets more."""
     for _ in range(500):
         if condition():
             return True
@@ -267,7 +267,7 @@ def test_another_servers_change_is_known_once_it_is_told(database: Database) -> 
     assert refused(here, made.secret)
 
 
-def test_a_key_that_another_replica_revokes_is_refused_within_a_second(
+def test_a_key_that_another_replica_revokes_is_refused_soon_after(
     postgres_url: str, random_inventory: Inventory
 ) -> None:
     with (

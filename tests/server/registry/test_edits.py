@@ -254,14 +254,21 @@ def test_a_task_is_shared_with_a_limited_number_of_tenants(
     assert edits.share(OWNER, "one", "first").shared_with == ("first", "second")
 
 
+NO_NAMES = (
+    *("", "é", "Own", "-own", "o wn", "own\n", " own", "own\0", "../own", "x" * 65, "%", "o%"),
+    *("other:", ":own", "other:other:own", "Other:own", "other:own:own", "%:own", "other: own"),
+    *("own@", "@1", "own@0", "own@01", "own@-1", "own@1@1", "own@Prod", "other:@1", "own@1\n"),
+)  # of tasks, where a tenant has one that is called own
+
+
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_no_change_to_anothers_task_tells_that_it_is_there(
-    registry: TaskRegistry, edits: TaskEdits, task: TaskRecord, change: Change
+    registry: TaskRegistry, task: TaskRecord, make_router: MakeRouter, change: Change
 ) -> None:
-    revision = registry.revision
-    for name in ("one", "acme:one", "acme:two", "one@1", "acme:one@1", "", "é"):
+    revision = registry.register(OTHER, "own", make_router(4)).task.changed
+    for name in ("one", "acme:one", "acme:two", "one@1", "acme:one@1", *NO_NAMES):
         with pytest.raises(UnknownTask):
-            change(edits, name)
+            change(TaskEdits(registry), name)
     assert registry.revision == revision
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -28,18 +28,6 @@ from support.registry.makers import AddTenant, MakeRouter, OpenRegistry
 
 PATIENCE = 20.0
 """Seconds after which a test gives up; what it waits for takes far less."""
-
-
-@pytest.fixture
-def pair(postgres_url: str, small_inventory: Inventory) -> Iterator[list[TaskRegistry]]:
-    """Two registries on one PostgreSQL database; nobody follows it yet."""
-    with ExitStack() as opened:
-        yield [
-            opened.enter_context(
-                closing(TaskRegistry(Database(postgres_url), small_inventory, RegistryConfig()))
-            )
-            for _ in range(2)
-        ]
 
 
 @pytest.fixture
@@ -91,6 +79,30 @@ def test_either_of_notifications_and_asking_is_enough(
         b.wait_for(done.task.changed, PATIENCE)
     assert len(b) == 4
     a.register(OPERATOR, "last", make_small_router(0))  # wakes a follower that waits for long
+
+
+def test_a_server_that_hears_nothing_asks_twice_a_second(
+    pair: list[TaskRegistry], make_small_router: MakeRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psycopg
+
+    waits: list[float] = []
+    notifies = psycopg.Connection.notifies
+
+    def noted(connection: psycopg.Connection, *, timeout: float, stop_after: int) -> Iterator[Any]:
+        waits.append(timeout)
+        return notifies(connection, timeout=timeout, stop_after=stop_after)
+
+    a, b = pair
+    monkeypatch.setattr(psycopg.Connection, "notifies", noted)
+    monkeypatch.setattr(type(a.database._backend), "announce", lambda *_: None)
+    b.start()
+    for seed in range(3):
+        done = a.register(OPERATOR, "boolq", make_small_router(seed), replace=True)
+        b.wait_for(done.task.changed, PATIENCE)
+        assert b.pin(OPERATOR, "boolq").info.version == seed + 1
+    assert waits
+    assert max(waits) <= 0.5
 
 
 def test_follower_survives_that_its_connections_are_cut(
@@ -158,6 +170,22 @@ def test_one_of_many_registrations_through_two_servers_wins(
         for registry in replicas
     ]
     assert pinned[0] == pinned[1]
+
+
+def test_what_another_server_did_already_is_served_when_it_is_acknowledged(
+    pair: list[TaskRegistry], make_small_router: MakeRouter
+) -> None:
+    a, b = pair  # nobody follows: what b knows it has from its own requests
+    done = a.register(OPERATOR, "boolq", make_small_router(0), idempotency_key="k")
+    assert not b.register(OPERATOR, "boolq", make_small_router(0)).created
+    assert b.pin(OPERATOR, "boolq").router.sha256 == done.version.router_sha256
+    TaskEdits(a).set_alias(OPERATOR, "boolq", "prod", 1)
+    assert TaskEdits(b).set_alias(OPERATOR, "boolq", "prod", 1).aliases == {"prod": 1}
+    assert b.pin(OPERATOR, "boolq@prod").info.version == 1
+    a.register(OPERATOR, "other", make_small_router(0), idempotency_key="again")
+    b.register(OPERATOR, "other", make_small_router(0), idempotency_key="again")
+    assert b.pin(OPERATOR, "other").info.version == 1
+    assert a.revision == b.revision == 3
 
 
 def test_version_that_another_server_pruned_is_followed_by_the_newer_one(
@@ -291,6 +319,21 @@ def test_all_is_read_anew_where_much_has_changed(
     assert told == [()]
     done = registry.register(OPERATOR, "boolq", make_small_router(0))
     assert (done.task.changed, len(told[1])) == (5, 1)
+
+
+def test_all_is_read_anew_before_a_change_and_not_within_it(
+    registry: TaskRegistry, make_small_router: MakeRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[list[str]] = []
+    registry.on_change(lambda rows: told.append([row.action for row in rows]))
+    monkeypatch.setattr(news, "_MOST_BEHIND", 2)
+    with registry.database.change(OPERATOR) as change:
+        for number in range(4):
+            change.record("nothing", "task", number)
+    done = registry.register(OPERATOR, "boolq", make_small_router(0))
+    assert told == [[], ["register"]]
+    assert (done.task.changed, registry.revision) == (5, 5)
+    assert registry.pin(OPERATOR, "boolq").info.version == 1
 
 
 @pytest.mark.parametrize("further", [0, 1, 3])

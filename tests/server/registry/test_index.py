@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
+from sqlalchemy import event
 
 from polyrex.adapters.errors import UnknownTask
 from polyrex.server.registry.edits import TaskEdits
@@ -77,6 +79,56 @@ def test_unknown_and_foreign_tasks_have_one_error(
             registry.pin(b, name)
         said.add(str(error.value))
     assert said == {"no such task, or not for this key"}
+
+
+GUESSES: dict[str, Callable[[TaskRegistry, Principal, str], object]] = {
+    "find": lambda registry, asker, name: registry.find(asker, name),
+    "version": lambda registry, asker, name: registry.version(asker, name),
+    "versions": lambda registry, asker, name: registry.versions(asker, name),
+    "edit": lambda registry, asker, name: TaskEdits(registry).set_labels(asker, name, {}),
+    "undelete": lambda registry, asker, name: TaskEdits(registry).undelete(asker, name),
+}
+
+
+@pytest.mark.parametrize("guess", GUESSES.values(), ids=GUESSES)
+def test_an_unknown_name_costs_as_many_statements_as_a_foreign_one(
+    guess: Callable[[TaskRegistry, Principal, str], object],
+    registry: TaskRegistry,
+    add_tenant: AddTenant,
+    make_small_router: MakeRouter,
+) -> None:
+    a, b = add_tenant(registry, "acme"), add_tenant(registry, "bolt")
+    for name in ("sums", "shared", "gone"):
+        registry.register(a, name, make_small_router(1))
+    TaskEdits(registry).share(a, "shared", "other")
+    TaskEdits(registry).drop(a, "gone")
+    statements: list[object] = []
+    event.listen(
+        registry.database.engine, "before_cursor_execute", lambda *args: statements.append(args[2])
+    )
+    costs = {}
+    for name in ("none", "sums", "shared", "gone"):
+        statements.clear()
+        with pytest.raises(UnknownTask):
+            guess(registry, b, f"acme:{name}")
+        costs[name] = list(statements)
+    assert costs == dict.fromkeys(costs, costs["none"])
+
+
+@pytest.mark.parametrize("name", ["none", "acme:none", "acme:sums"])
+def test_guesses_do_not_take_turns_with_changes(
+    name: str,
+    registry: TaskRegistry,
+    add_tenant: AddTenant,
+    make_small_router: MakeRouter,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    a, b = add_tenant(registry, "acme"), add_tenant(registry, "bolt")
+    registry.register(a, "sums", make_small_router(1))
+    monkeypatch.setattr("polyrex.server.registry.database._TURN_SECONDS", 0.05)
+    with registry.database.change(a), pytest.raises(UnknownTask):
+        TaskEdits(registry).drop(b, name)
+    assert registry.find(a, "sums").deleted is None
 
 
 def test_versions_and_aliases_are_pinned_by_name(

@@ -14,6 +14,7 @@ from polyrex.server.errors import (
     InvalidRequest,
     PreconditionFailed,
     QuotaExceeded,
+    TaskDamaged,
 )
 from polyrex.server.registry.edits import TaskEdits
 from polyrex.server.registry.principal import OPERATOR
@@ -102,6 +103,37 @@ def test_request_that_changed_nothing_is_remembered_too(
     again = registry.register(OPERATOR, "a", mine, replace=True, idempotency_key="k")
     assert again.version.version == 1
     assert kept(registry, "a") == [1, 2]
+
+
+def test_repeated_request_repairs_its_router(
+    registry: TaskRegistry, make_small_router: MakeRouter
+) -> None:
+    mine = make_small_router(1)
+    first = registry.register(OPERATOR, "a", mine, idempotency_key="k")
+    with registry.database.change(OPERATOR) as change:
+        change.connection.execute(update(routers).values(data=b"damaged"))
+        change.record("damage", "task", 0)
+    with pytest.raises(TaskDamaged):
+        registry.pin(OPERATOR, "a")
+    assert registry.register(OPERATOR, "a", mine, idempotency_key="k") == first
+    assert registry.pin(OPERATOR, "a").router.sha256 == first.version.router_sha256
+    repaired = registry.revision
+    assert registry.register(OPERATOR, "a", mine, idempotency_key="k") == first
+    assert registry.revision == repaired
+
+
+def test_repeated_request_does_not_say_that_a_dropped_task_is_served(
+    registry: TaskRegistry, make_small_router: MakeRouter
+) -> None:
+    mine = make_small_router(1)
+    first = registry.register(OPERATOR, "a", mine, idempotency_key="k")
+    TaskEdits(registry).drop(OPERATOR, "a")
+    with pytest.raises(IdempotencyMismatch, match="was dropped since; undelete it, or send"):
+        registry.register(OPERATOR, "a", mine, idempotency_key="k")
+    TaskEdits(registry).undelete(OPERATOR, "a")
+    again = registry.register(OPERATOR, "a", mine, idempotency_key="k")
+    assert (again.version, again.created) == (first.version, True)
+    assert registry.pin(OPERATOR, "a").info.version == 1
 
 
 def test_condition_does_not_stand_in_the_way_of_a_repeated_request(

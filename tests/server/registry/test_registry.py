@@ -21,7 +21,7 @@ from polyrex.adapters.errors import (
 from polyrex.adapters.files.inventory import Inventory
 from polyrex.adapters.files.router import read_router
 from polyrex.adapters.files.tensor_file import sha256
-from polyrex.server.errors import TaskDamaged
+from polyrex.server.errors import InvalidRequest, TaskDamaged
 from polyrex.server.registry.edits import TaskEdits
 from polyrex.server.registry.principal import OPERATOR
 from polyrex.server.registry.registry import TaskRegistry
@@ -261,6 +261,21 @@ def test_tasks_are_found_by_text_and_by_labels(
     assert found(labels={"team": "x"}) == found(labels=labels) == ["words"]
     assert found(labels={"team": "y"}) == found(labels={"nothing": "x"}) == []
     assert found(text="adds", labels={"team": "x"}) == []
+
+
+def test_text_is_found_whatever_the_case_of_its_letters(
+    registry: TaskRegistry, make_small_router: MakeRouter
+) -> None:
+    registry.register(OPERATOR, "summer", make_small_router(description="L'ÉTÉ À ÖREBRO"))
+    found = [registry.page(OPERATOR, text=text).tasks for text in ("été à ö", "ÉTÉ", "ete")]
+    assert [len(tasks) for tasks in found] == [1, 1, 0]
+
+
+@pytest.mark.parametrize("field", ["text", "after"])
+def test_text_that_no_database_holds_is_not_looked_for(registry: TaskRegistry, field: str) -> None:
+    with pytest.raises(InvalidRequest, match="NUL") as caught:
+        registry.page(OPERATOR, **{field: "a\0b"})  # type: ignore[arg-type]
+    assert caught.value.param == {"text": "q", "after": "after"}[field]
 
 
 @pytest.mark.parametrize("damage", [cut, exchange, lose])

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import socket
+import sqlite3
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
+from threading import Semaphore
+from typing import Any
 
 import pytest
-from sqlalchemy import insert, make_url, select, text
+from sqlalchemy import Connection, event, insert, make_url, select, text
+from sqlalchemy.exc import OperationalError
 
 from polyrex.server.errors import StorageError, StorageFull
 from polyrex.server.registry.database import Database
+from polyrex.server.registry.memory.news import AuditRow
 from polyrex.server.registry.principal import OPERATOR
+from polyrex.server.registry.registry import TaskRegistry
 from polyrex.server.registry.schema import audit, routers, tenants
 from polyrex.server.registry.storage.failures import OUTCOME_UNKNOWN
+from support.registry.makers import MakeRouter
 from support.storage.disk_faults import Result, Sweep, build_shim, every_sweep, run_fault_sweeps
 from support.storage.postgres import NOT_INSTALLED, Cluster, find_binaries, running_cluster
+
+PATIENCE = 20.0
+"""Seconds after which a test gives up; what it waits for takes far less."""
 
 SETTLE_SECONDS = "polyrex.server.registry.storage.postgres._SETTLE_SECONDS"
 
@@ -75,6 +86,42 @@ def names(database: Database) -> list[str]:
 def revisions(database: Database) -> list[int]:
     with database.read() as connection:
         return list(connection.scalars(select(audit.c.revision).order_by(audit.c.revision)))
+
+
+def fail_to_commit(_connection: Connection) -> None:
+    raise OperationalError("COMMIT", {}, sqlite3.OperationalError("disk I/O error"))
+
+
+def _refuse_full(_action: int, name: str | None, value: str | None, *_: object) -> int:
+    wrong = (name, value) == ("synchronous", "FULL")
+    return sqlite3.SQLITE_DENY if wrong else sqlite3.SQLITE_OK
+
+
+@pytest.mark.parametrize("fails", ["overwriting", "setting back"])
+def test_a_connection_that_could_not_settle_is_not_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    def fail_to_touch(execute: Any) -> None:
+        execute("PRAGMA user_version=9")
+        raise sqlite3.OperationalError("disk I/O error")
+
+    with Database(f"sqlite:///{tmp_path}/registry.db") as database:
+        with database.read() as connection:
+            raw: Any = connection.connection.driver_connection
+        event.listen(database.engine, "commit", fail_to_commit)
+        if fails == "overwriting":
+            monkeypatch.setattr("polyrex.server.registry.storage.sqlite._touch", fail_to_touch)
+        else:
+            raw.set_authorizer(_refuse_full)
+        with pytest.raises(StorageError) as caught:
+            add(database, "team")
+        event.remove(database.engine, "commit", fail_to_commit)
+        assert str(caught.value) == OUTCOME_UNKNOWN
+        with database.change(OPERATOR) as change:
+            assert change.connection.connection.driver_connection is not raw
+            assert change.connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
+            change.record("create", "tenant", 1)
+        assert revisions(database) == [1]
 
 
 def add_router(database: Database, size: int) -> None:
@@ -177,6 +224,22 @@ def test_a_commit_that_is_lost_is_an_error_and_stays_one(line: Line) -> None:
         assert revisions(database) == [1]
 
 
+def commit_and_fail(connection: Connection) -> None:
+    driver: Any = connection.connection.driver_connection
+    driver.commit()
+    raise OperationalError("COMMIT", {}, Exception("no answer"))
+
+
+def test_what_became_of_a_commit_is_found_where_no_connection_is_free(postgres_url: str) -> None:
+    with Database(postgres_url) as database, ExitStack() as held:
+        for _ in range(11):  # all that a replica may have, but that of the change
+            held.enter_context(database.engine.connect())
+        event.listen(database.engine, "commit", commit_and_fail)
+        add(database, "team")
+        held.close()
+        assert names(database) == ["default", "team"]
+
+
 @pytest.fixture
 def own_cluster() -> Iterator[Cluster]:
     """A server that a test may end."""
@@ -223,3 +286,66 @@ def test_a_server_that_crashes_and_comes_back_loses_nothing_acknowledged(
         assert names(database) == ["default", *(f"team-{number}" for number in range(5))]
         add(database, "team-5")
         assert revisions(database) == [1, 2, 3, 4, 5, 6]
+
+
+def test_server_that_cannot_follow_says_so_once_and_recovers(
+    pair: list[TaskRegistry], make_small_router: MakeRouter, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "polyrex.server.registry")
+    a, b = pair
+    attempts = Semaphore(0)
+    broken = True
+
+    def listener(_rows: Sequence[AuditRow]) -> None:
+        if broken:
+            attempts.release()
+            raise KeyError("private")
+
+    b.on_change(listener)
+    b.start()
+    done = a.register(OPERATOR, "boolq", make_small_router(0))
+    for _ in range(3):
+        assert attempts.acquire(timeout=PATIENCE)
+    health = b.database.health
+    assert (health.ok, health.reason) == (False, "the registry cannot be followed: KeyError")
+    broken = False
+    b.wait_for(done.task.changed, PATIENCE)
+    b.wait_for(a.register(OPERATOR, "next", make_small_router(1)).task.changed, PATIENCE)
+    assert b.database.health.ok
+    assert [record.levelname for record in caplog.records] == ["ERROR", "INFO"]
+
+
+def test_server_that_cannot_listen_asks(
+    pair: list[TaskRegistry],
+    make_small_router: MakeRouter,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    import psycopg
+
+    caplog.set_level(logging.INFO, "polyrex.server.registry")
+    a, b = pair
+    attempts = Semaphore(0)
+    notifies = psycopg.Connection.notifies
+    broken = True
+
+    def fail(connection: Any, **how: Any) -> Iterator[Any]:
+        attempts.release()
+        if broken:
+            raise RuntimeError("nothing is heard")
+        return notifies(connection, **how)
+
+    monkeypatch.setattr(psycopg.Connection, "notifies", fail)
+    b.start()
+    for seed in range(2):
+        done = a.register(OPERATOR, f"task-{seed}", make_small_router(seed))
+        b.wait_for(done.task.changed, PATIENCE)
+        assert attempts.acquire(timeout=PATIENCE)
+    assert b.database.health.ok
+    broken = False
+    pause = threading.Event()
+    for _ in range(int(PATIENCE / 0.05)):
+        if "are heard" in caplog.text:
+            break
+        pause.wait(0.05)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]

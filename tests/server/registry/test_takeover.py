@@ -14,7 +14,7 @@ import pytest
 import torch
 from sqlalchemy import event, update
 
-from polyrex.adapters.errors import UnknownTask
+from polyrex.adapters.errors import TaskExists, UnknownTask
 from polyrex.adapters.files.inventory import Inventory
 from polyrex.adapters.files.router import RouterMetadata, router_bytes
 from polyrex.adapters.files.tensor_file import sha256
@@ -274,6 +274,8 @@ def test_shipped_task_that_was_replaced_is_left_alone(
     start: Start, shipped: Path, make_small_router: MakeRouter
 ) -> None:
     registry = start(shipped=shipped)
+    with pytest.raises(TaskExists):
+        registry.register(OPERATOR, "boolq", make_small_router(0))
     done = registry.register(OPERATOR, "boolq", make_small_router(0), replace=True)
     assert done.version.version == 2
     assert start(shipped=shipped).find(OPERATOR, "boolq") == done.task

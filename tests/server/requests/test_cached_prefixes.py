@@ -92,6 +92,20 @@ def test_tenants_have_salts_of_their_own_for_the_same_router(
     assert len({salt for each in found for salt in each}) == 4
 
 
+def test_tenants_have_salts_of_their_own_for_a_shared_task(
+    served: Served, make_router: MakeRouter
+) -> None:
+    make_tenant(served.client, "guest")
+    add(served.client, "one", make_router(1))
+    served.client.put("/v1/tasks/one/shared_with/guest").raise_for_status()
+    with client_of(served.url, make_key(served.client, "guest", "inference")) as guest:
+        theirs = salts(served, guest, task="default:one")
+        assert salts(served, guest, model="default:one") == theirs
+    (own,) = salts(served, task="one")
+    assert salts(served, task="default:one") == [own]
+    assert theirs != [own]
+
+
 def test_a_server_that_starts_again_makes_the_same_salts(
     tmp_path: Path, random_inventory: Inventory, tokenizer: PreTrainedTokenizerBase
 ) -> None:

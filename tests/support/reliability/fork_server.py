@@ -11,6 +11,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,10 +23,12 @@ from .client import LOST, Client
 from .small_base import SmallBase, quiet_threads
 
 TESTS = Path(__file__).parents[2]
+SECONDS = 120
+"""A generous wait for a server's start."""
 
 
 class ServerGone(Exception):
-    """A server ended before it was ready; the message is what it wrote."""
+    """A server ended before it was ready, and the message is what it wrote; or it never was."""
 
 
 @dataclass
@@ -42,15 +45,17 @@ class Forked:
         return Client(self.port, key)
 
     def wait_until_ready(self) -> None:
-        """Raises ServerGone where it ends instead."""
+        """Raises ServerGone where it ends instead, or is not ready after a long time."""
+        end = time.monotonic() + SECONDS
         with self.client() as client:
-            while True:
+            while time.monotonic() < end:
                 try:
                     if client.send("GET", "/readyz").status == HTTPStatus.OK:
                         return
                 except LOST as error:
                     if self.ended(timeout=10):
                         raise ServerGone(self.output.read_text()[-4000:]) from error
+        raise ServerGone(f"it is not ready after {SECONDS} s")
 
     def ended(self, timeout: float = 0) -> bool:
         """Whether the process has ended, after at most so many seconds."""

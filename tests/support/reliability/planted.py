@@ -6,8 +6,10 @@ import asyncio
 import hashlib
 import json
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,6 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from polyrex.adapters.errors import UnknownTask
 from polyrex.adapters.files.task import TaskVersion
 from polyrex.server.engines.base import Engine
+from polyrex.server.registry.memory import follow
+from polyrex.server.registry.memory.index import Index
 from polyrex.server.registry.principal import OPERATOR
 from polyrex.server.registry.registry import TaskRegistry
 from polyrex.server.requests.metrics import Metrics
@@ -25,6 +29,10 @@ ACKNOWLEDGED_FIRST = "acknowledged first"
 """A registration is acknowledged before it is committed."""
 DEAF = "deaf"
 """The index does not follow what another replica changes."""
+MUTE = "mute"
+"""A change is not announced: others learn of it when they ask. No defect, but a lost NOTIFY."""
+LAZY = "lazy"
+"""The database is asked every six seconds alone."""
 HURRIED = "hurried"
 """A request with a revision does not wait until the index has reached it."""
 UNPINNED = "unpinned"
@@ -33,16 +41,37 @@ HOARDING = "hoarding"
 """The server keeps 8 KiB of memory for each task."""
 LABELLED = "labelled"
 """/metrics has a line for each task."""
+SLOW = "slow"
+"""The start, /metrics, the search for a task, the list of models and every commit take longer."""
 
 
 def plant_in_registry(registry: TaskRegistry, defects: Sequence[str]) -> list[bytearray]:
     """Break the registry before it starts; what it shall hoard."""
     if DEAF in defects:
         registry.start = lambda: None  # type: ignore[method-assign]
+    if MUTE in defects:
+        registry.database._backend.announce = lambda *_: None  # type: ignore[method-assign]
+    if LAZY in defects:
+        follow._POLL_SECONDS = 6.0
+    if SLOW in defects:
+        time.sleep(8)
+        _slow_down(Index, "find", 0.02)
+        _slow_down(Index, "names", 0.2)
+        _slow_down(registry.database._backend, "announce", 0.05)
     if HURRIED in defects:
         told = TaskRegistry.revision.fget  # type: ignore[attr-defined]
         TaskRegistry.revision = property(lambda found: max(told(found), 1 << 40))  # type: ignore[assignment, method-assign]
     return [bytearray(os.urandom(8192)) for _ in range(len(registry) if HOARDING in defects else 0)]
+
+
+def _slow_down(owner: object, method: str, seconds: float) -> None:
+    plain = getattr(owner, method)
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(seconds)
+        return plain(*arguments)
+
+    setattr(owner, method, slow)
 
 
 def plant_in_engine(engine: Engine, registry: TaskRegistry, defects: Sequence[str]) -> Engine:
@@ -58,8 +87,10 @@ def plant_in_app(app: FastAPI, registry: TaskRegistry, defects: Sequence[str]) -
     """Put a broken middleware in front of the application, or break its metrics."""
     if ACKNOWLEDGED_FIRST in defects:
         app.add_middleware(AcknowledgeFirst, registry=registry)
+    metrics: Metrics = app.state.context.metrics
+    if SLOW in defects:
+        _slow_down(metrics, "text", 0.1)
     if LABELLED in defects:
-        metrics: Metrics = app.state.context.metrics
         for name, _ in registry.models(OPERATOR, None, len(registry)):
             metrics.http_requests.labels("GET", f"/v1/tasks/{name}", "200").inc()
 

@@ -7,7 +7,6 @@ import os
 import pwd
 import secrets
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -15,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from support.reliability.ports import reserved_port
 
 NOT_INSTALLED = "PostgreSQL's server is not installed (Debian: apt-get install postgresql)"
 
@@ -101,7 +102,10 @@ class Cluster:
 def running_cluster(binaries: Path) -> Iterator[Cluster]:
     """A new server in a temporary folder, stopped and deleted at the end."""
     # pytest's own folders are closed to other users.
-    with tempfile.TemporaryDirectory(prefix="polyrex-postgres-") as name:
+    with (
+        tempfile.TemporaryDirectory(prefix="polyrex-postgres-") as name,
+        reserved_port() as port,
+    ):
         folder = Path(name)
         command = ["setpriv"]
         if os.getuid() == 0:
@@ -109,7 +113,7 @@ def running_cluster(binaries: Path) -> Iterator[Cluster]:
             os.chown(folder, user.pw_uid, user.pw_gid)
             command += [f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
         password = secrets.token_hex(8)
-        cluster = Cluster(binaries, folder, _free_port(), password, tuple(command))
+        cluster = Cluster(binaries, folder, port, password, tuple(command))
         _initialise(cluster)
         cluster.start()
         try:
@@ -152,10 +156,3 @@ def _unprivileged() -> pwd.struct_passwd:
     """Whoever runs the server where the tests run as root, which PostgreSQL refuses."""
     users = {user.pw_name: user for user in pwd.getpwall()}
     return users.get("postgres") or users["nobody"]
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port

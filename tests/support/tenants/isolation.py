@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import quote
 
 import httpx
@@ -14,6 +16,10 @@ from .identities import client_of, make_key, make_tenant
 SECRETS = ("merger-plan", "payroll-2026", "dropped-plan")
 """The names of the tasks that nobody else may learn of; the last one is dropped."""
 OWNER = "acme"
+GUESSER = "rival"
+LORA_FILE = "guess.safetensors"
+
+_SELECTORS = ("", "", "@1", "@2", "@3", "@prod", "@no-such-alias")
 
 Send = Callable[[httpx.Client, str], httpx.Response]
 
@@ -55,7 +61,38 @@ EDITS: Mapping[str, Send] = {
     "unshare": _at("DELETE", "/v1/tasks/{}/shared_with/rival"),
     "labels": _at("PUT", "/v1/tasks/{}/labels", {"mine": "yes"}),
 }
-SENDS = {**READS, **EDITS}
+_OCTETS = {"content-type": "application/octet-stream"}
+_ROW = {"input": "x", "answer": "yes", "options": ["yes", "no"]}
+_FIT = {"instruction": "x", "rows": [_ROW] * 8}
+
+
+def _writes(router: bytes) -> Mapping[str, Send]:
+    """The routes that register: what they are sent would be taken, if the name were one's own."""
+    in_json = {"router": base64.b64encode(router).decode()}
+    loaded = {"lora_path": LORA_FILE}
+    return {
+        "register": lambda client, guess: client.post(
+            "/v1/tasks", params={"name": guess}, content=router, headers=_OCTETS
+        ),
+        "register, JSON": _field("/v1/tasks", "name", in_json),
+        "replace": lambda client, guess: client.put(
+            f"/v1/tasks/{quote(guess, safe='')}", content=router, headers=_OCTETS
+        ),
+        "fit": _at("POST", "/v1/tasks/{}/fit", _FIT),
+        "fit, replace": _at("POST", "/v1/tasks/{}/fit", {**_FIT, "replace": True}),
+        "load adapter": _field("/v1/load_lora_adapter", "lora_name", loaded),
+        "load adapter in place": _field(
+            "/v1/load_lora_adapter", "lora_name", {**loaded, "load_inplace": True}
+        ),
+        UNLOAD: _field("/v1/unload_lora_adapter", "lora_name", {}),
+    }
+
+
+UNLOAD = "unload adapter"
+"""Its error is vLLM's, which repeats the name that was asked for."""
+WRITES = frozenset(_writes(b""))
+"""What these are asked for names a tenant: a name without one would be the asker's own to take."""
+ROUTES = sorted({*READS, *EDITS, *WRITES})
 
 
 @dataclass
@@ -70,32 +107,49 @@ class Guessing:
 
 
 def guess_at_tasks(
-    operator: httpx.Client, routers: tuple[bytes, bytes], guesses: int, seed: int = 0
+    operator: httpx.Client,
+    lora_dir: Path,
+    routers: tuple[bytes, bytes],
+    guesses: int,
+    seed: int = 0,
 ) -> Guessing:
     """Let one tenant register tasks, and another one guess at them, `guesses` requests in all.
 
-    `operator` administers a server without tenants of their own; `routers` are two that it takes.
+    `operator` administers a server without tenants of their own, which loads files below
+    `lora_dir`; `routers` are two that it takes.
     """
     found = Guessing()
     make_tenant(operator, OWNER)
-    make_tenant(operator, "rival")
+    make_tenant(operator, GUESSER)
+    _write_lora(lora_dir, routers[1])
+    sends = {**READS, **EDITS, **_writes(routers[1])}
     url = str(operator.base_url)
     with (
         client_of(url, make_key(operator, OWNER, "task-admin")) as owner,
-        client_of(url, make_key(operator, "rival", "task-admin")) as rival,
+        client_of(url, make_key(operator, GUESSER, "task-admin")) as rival,
     ):
         _register(owner, routers)
         found.before = _tasks_of(owner)
         draw = random.Random(seed)
-        routes = sorted(SENDS)
         for number in range(guesses):
-            route = routes[number % len(routes)]
-            response = SENDS[route](rival, _guess(draw))
-            found.answers.setdefault(route, set()).add((response.status_code, response.content))
+            route = ROUTES[number % len(ROUTES)]
+            guess = _foreign(draw) if route in WRITES else _guess(draw)
+            response = sends[route](rival, guess)
+            body = response.content
+            if route == UNLOAD:
+                body = body.replace(f"'{guess}'".encode(), b"'...'")
+            found.answers.setdefault(route, set()).add((response.status_code, body))
             found.asked += 1
         found.leaks = _leaks(rival, operator)
         found.after = _tasks_of(owner)
     return found
+
+
+def _write_lora(lora_dir: Path, router: bytes) -> None:
+    """The file that is to be loaded, wherever the guessing tenant's files are looked for."""
+    for folder in (lora_dir, lora_dir / GUESSER):
+        folder.mkdir(exist_ok=True)
+        (folder / LORA_FILE).write_bytes(router)
 
 
 def _register(owner: httpx.Client, routers: tuple[bytes, bytes]) -> None:
@@ -115,9 +169,15 @@ def _guess(draw: random.Random) -> str:
     name = draw.choice((*SECRETS, *SECRETS, "no-such-task", f"t{draw.randrange(10**6)}"))
     if draw.random() < 0.1:
         return str(draw.randrange(1, 9))  # the id of a row
-    tenant = draw.choice(("", f"{OWNER}:", f"{OWNER}:", "rival:", "no-such-tenant:"))
-    selector = draw.choice(("", "", "@1", "@2", "@3", "@prod", "@no-such-alias"))
-    return f"{tenant}{name}{selector}"
+    tenant = draw.choice(("", f"{OWNER}:", f"{OWNER}:", f"{GUESSER}:", "no-such-tenant:"))
+    return f"{tenant}{name}{draw.choice(_SELECTORS)}"
+
+
+def _foreign(draw: random.Random) -> str:
+    """A name below another tenant, in every form."""
+    name = draw.choice((*SECRETS, *SECRETS, "no-such-task", f"t{draw.randrange(10**6)}"))
+    tenant = draw.choice((OWNER, OWNER, "no-such-tenant"))
+    return f"{tenant}:{name}{draw.choice(_SELECTORS)}"
 
 
 def _tasks_of(owner: httpx.Client) -> list[object]:

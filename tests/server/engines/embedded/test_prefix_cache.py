@@ -5,6 +5,7 @@ The slow twin is the same runner with the cache off: it computes every token of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,53 @@ def test_the_next_turn_of_a_chat_finds_the_answer_in_the_cache(
         # Everything but the last tokens, of the last block and of the new turn, was there.
         assert answer.cached == (len(chat) - 12) // 16 * 16 if turn else answer.cached == 0
         chat += answer.ids + tokens(10 + turn, 11)
+
+
+def chats(runner: Runner, task: TaskVersion) -> tuple[int, int]:
+    """The tokens that the second turns of three chats find in the cache, and all that they have."""
+    cached = asked = 0
+    for number in range(3):
+        chat = tokens(number, 90)
+        chat += runner.one(chat, task).ids + tokens(10 + number, 14)
+        cached += runner.one(chat, task).cached
+        asked += len(chat)
+    return cached, asked
+
+
+def questions(runner: Runner, task: TaskVersion) -> tuple[int, int]:
+    """The same of eight questions after one system prompt, all but the first."""
+    prompts = [tokens(1, 200) + tokens(10 + number, 14) for number in range(8)]
+    cached = [runner.one(prompt, task).cached for prompt in prompts]
+    return sum(cached[1:]), sum(map(len, prompts[1:]))
+
+
+@pytest.mark.parametrize("ask", [chats, questions])
+def test_at_most_a_third_of_what_comes_again_is_computed_again(
+    ask: Callable[[Runner, TaskVersion], tuple[int, int]],
+    small_base: str,
+    inventory: Inventory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The goal is a time of 0.35; tokens that are computed are what can be counted."""
+    computed: list[int] = []
+    right = Scheduler.schedule
+
+    def counted(self: Scheduler) -> Any:
+        spans = right(self)
+        computed.append(sum(span.count for span in spans))
+        return spans
+
+    monkeypatch.setattr(Scheduler, "schedule", counted)
+    task = make_task(inventory, 1)
+    totals = []
+    for on in (True, False):
+        computed.clear()
+        cached, asked = ask(Runner(small_base, inventory, prefix_cache=on), task)
+        totals.append((cached, sum(computed)))
+    (cached, with_cache), (never, without) = totals
+    assert (never, without - with_cache) == (0, cached)  # what is said to be cached is saved
+    assert cached > 0
+    assert asked - cached <= 0.35 * asked
 
 
 def test_requests_that_come_at_once_compute_their_prefix_once(

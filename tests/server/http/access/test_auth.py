@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import re
 import socket
 from collections.abc import Iterator
@@ -125,6 +126,23 @@ def test_a_key_of_the_registry_is_let_in_beside_those_of_the_file(guarded: Serve
     own = {"authorization": f"bearer {made['key']}"}
     assert guarded.client.get("/metrics", headers=own).status_code == 200
     assert guarded.client.get("/v1/models", headers=own).status_code == 403
+
+
+@pytest.mark.parametrize("key", [*KEYS, "wrong-key"])
+def test_every_key_of_the_file_is_compared_in_constant_time(
+    guarded: Served, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    compared: list[tuple[int, int]] = []
+
+    def compare(left: bytes, right: bytes) -> bool:
+        compared.append((len(left), len(right)))
+        return left == right
+
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    response = guarded.client.get("/v1/models", headers={"authorization": f"Bearer {key}"})
+    assert response.status_code == (200 if key in KEYS else 401)
+    # A key that is none of the file's may be one of the registry's.
+    assert compared == [(32, 32)] * (len(KEYS) + (key not in KEYS))
 
 
 def test_keys_are_read_one_a_line(tmp_path: Path) -> None:

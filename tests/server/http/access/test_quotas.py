@@ -149,8 +149,32 @@ def test_tenants_are_counted_apart_and_one_without_quotas_is_not(directory: Dire
 def test_a_quota_of_nothing_lets_nothing_through(directory: Directory, quota: str) -> None:
     quotas = TenantQuotas(directory, Clock())
     directory.create_tenant(OPERATOR, "acme", Quotas(**{quota: 0}))
-    with pytest.raises(RateLimited), quotas.admit("acme", 1):
+    with pytest.raises(RateLimited) as refused, quotas.admit("acme", 1):
         pass
+    assert refused.value.retry_after == 60
+
+
+def test_what_was_counted_goes_on_counting_where_a_quota_changes(directory: Directory) -> None:
+    clock = Clock()
+    quotas = TenantQuotas(directory, clock)
+    directory.create_tenant(OPERATOR, "acme", Quotas(requests_per_minute=2, tokens_per_minute=100))
+    with quotas.admit("acme", 1), quotas.admit("acme", 1) as meter:
+        meter.tokens += 40
+        directory.change_tenant(
+            OPERATOR, "acme", quotas={"requests_per_minute": 3, "tokens_per_minute": 50}
+        )
+    left = quotas.headers("acme")
+    assert left["x-ratelimit-remaining-requests"] == "1"
+    assert left["x-ratelimit-remaining-tokens"] == "10"
+    with quotas.admit("acme", 1) as meter:
+        meter.tokens += 10
+    for kind in ("requests", "tokens"):
+        with pytest.raises(RateLimited, match=kind), quotas.admit("acme", 1):
+            pass
+        directory.change_tenant(OPERATOR, "acme", quotas={f"{kind}_per_minute": None})
+    clock.now += 60
+    with quotas.admit("acme", 1):
+        assert quotas.headers("acme") == {}
 
 
 @pytest.fixture
