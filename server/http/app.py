@@ -127,7 +127,7 @@ async def _purge(context: AppContext, stopping: asyncio.Event) -> None:
     kept = context.registry.config.retention_days * 24 * 3600
     while not stopping.is_set():
         try:
-            await asyncio.to_thread(context.edits.purge, time.time() - kept)
+            await context.writes.run(context.edits.purge, time.time() - kept)
         except StorageError as error:
             logger.warning("dropped tasks are not purged: %s", error)
         except Exception:  # this purge is not the last one

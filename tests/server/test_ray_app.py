@@ -4,122 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
-import secrets
-import subprocess
-import sys
-import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
-from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
 import pytest
 
-from polyrex.adapters.files.inventory import Inventory
 from support.random_inventory import random_router
-from support.reliability.ports import reserved_port
-from support.reliability.small_base import Routers, SmallBase, quiet_threads
+from support.reliability.ray_fleet import BASE, SECONDS, Fleet, running_fleet, wait_until
+from support.reliability.small_base import Routers, SmallBase
 from support.storage.postgres import Cluster
 
 pytest.importorskip("ray", reason="Ray is not installed (pip install 'polyrex[ray]')")
 
-SECONDS = 120  # far more than anything takes, so that a test fails instead of hanging
-
-# `serve run`, in a cluster that ends with this process. Each line names a file for Serve.
-DRIVER = """
-import sys
-
-import ray
-from ray import serve
-from ray.serve.scripts import cli
-
-ray.init("local", num_cpus=2, object_store_memory=80_000_000, include_dashboard=False,
-         _temp_dir=sys.argv[1], namespace="serve")
-for line in sys.stdin:
-    cli(["run", "--non-blocking", line.strip()], standalone_mode=False)
-serve.shutdown()
-ray.shutdown()
-"""
-
-
-def wait_until(condition: Callable[[], bool]) -> bool:
-    """Whether the condition holds at last."""
-    end = time.monotonic() + SECONDS
-    while not (holds := condition()) and time.monotonic() < end:
-        time.sleep(0.1)
-    return holds
-
-
-@dataclass
-class Fleet:
-    """Two replicas in a Ray cluster, behind its proxy."""
-
-    url: str
-    driver: subprocess.Popen[str]
-    folder: Path
-    settings: dict[str, Any]
-    inventory: Inventory
-    files: Iterator[int] = field(default_factory=count)
-
-    def deploy(self, replicas: int) -> None:
-        """Run the application with this number of replicas."""
-        application = {
-            "import_path": "polyrex.server.ray_app:app",
-            "args": self.settings,
-            "deployments": [
-                {"name": "polyrex", "num_replicas": replicas, "autoscaling_config": None}
-            ],
-        }
-        options = {"host": "127.0.0.1", "port": httpx.URL(self.url).port}
-        file = self.folder / f"{next(self.files)}.yaml"
-        file.write_text(json.dumps({"http_options": options, "applications": [application]}))
-        assert self.driver.stdin is not None
-        self.driver.stdin.write(f"{file}\n")
-        self.driver.stdin.flush()
-
-    def replicas(self) -> set[int]:
-        """The processes of the replicas."""
-        processes = psutil.Process(self.driver.pid).children(recursive=True)
-        return {each.pid for each in processes if _title(each).startswith("ray::ServeReplica")}
-
-    def answered(self) -> set[str]:
-        """The logs of the replicas that have answered a completion; each replica has its own."""
-        logs = self.folder.glob("session_latest/logs/serve/replica_*.log")
-        return {log.name for log in logs if "POST /v1/completions 200" in log.read_text()}
-
-    def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=SECONDS, trust_env=False)
-
-    def all_answer(self, replicas: int) -> bool:
-        """Whether so many replicas that have not answered before answer completions at last."""
-        before = self.answered()
-
-        def answer() -> bool:
-            with self.client() as client, ThreadPoolExecutor(8) as pool:
-                list(pool.map(lambda _: client.post("/v1/completions", json=BASE), range(8)))
-            return len(self.answered() - before) >= replicas
-
-        return wait_until(answer)
-
-
-BASE = {"prompt": "1 2 3", "max_tokens": 5, "temperature": 0}
 LONG = {"prompt": ["1 2 3"] * 32, "n": 2, "max_tokens": 480, "ignore_eos": True, "stream": True}
 """64 completions in one stream."""
 RUNNING = "vllm:num_requests_running"
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.NoSuchProcess:
-        return ""
+SCALING = {
+    "min_replicas": 1,
+    "max_replicas": 2,
+    "target_ongoing_requests": 2,
+    "metrics_interval_s": 0.5,
+    "look_back_period_s": 1,
+    "upscale_delay_s": 0.5,
+    "downscale_delay_s": 1,
+}
+"""Ray's autoscaling as our deployment asks for it, but for small batches and quick."""
 
 
 @pytest.fixture(scope="module")
@@ -128,65 +42,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallBase:
 
 
 @pytest.fixture(scope="module")
-def fleet(
-    small: SmallBase, postgres_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Fleet]:
+def fleet(small: SmallBase, postgres_cluster: Cluster) -> Iterator[Fleet]:
     """A fleet of two replicas of the embedded engine; a test leaves as many."""
-    settings = {
-        "base": str(small.base),
-        "inventory": str(small.inventory),
-        "tasks_dir": str(tmp_path_factory.mktemp("tasks")),
-        "insecure": True,
-    }
-    with tempfile.TemporaryDirectory(prefix="ray-") as name:  # pytest's paths are too long for Ray
-        database = {"POLYREX_SERVE_REGISTRY_URL": postgres_cluster.create_database()}
-        with reserved_port() as port, _driver(Path(name), database) as driver:
-            url = f"http://127.0.0.1:{port}"
-            fleet = Fleet(url, driver, Path(name), settings, small.read_inventory())
-            fleet.deploy(2)
-            with fleet.client() as client:
-                assert wait_until(lambda: _ready(client)), (Path(name) / "output").read_text()
-            assert fleet.all_answer(2)
-            yield fleet
-
-
-@contextmanager
-def _driver(folder: Path, settings: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    environment = quiet_threads() | settings
-    environment |= {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # Ray then listens on loopback alone; nobody else may use the cluster
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-    }
-    with (
-        (folder / "output").open("w") as output,
-        subprocess.Popen(
-            [sys.executable, "-c", DRIVER, str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-        ) as driver,
-    ):
-        try:
-            yield driver
-        finally:
-            assert driver.stdin is not None
-            driver.stdin.close()
-            try:
-                driver.wait(60)
-            finally:
-                driver.kill()
-
-
-def _ready(client: httpx.Client) -> bool:
-    try:
-        return client.get("/readyz").status_code == 200
-    except httpx.TransportError:
-        return False
+    with running_fleet(small, postgres_cluster.create_database(), 2) as fleet:
+        assert fleet.all_answer(2)
+        yield fleet
 
 
 def running(client: httpx.Client) -> int:
@@ -319,3 +179,41 @@ def test_a_replica_that_is_not_needed_any_more_ends_its_streams_first(fleet: Fle
     assert [text.count('"finish_reason": "length"') for text in texts] == [64] * 4
     assert [text.rstrip().endswith("data: [DONE]") for text in texts] == [True] * 4
     assert (fewer, back) == (True, True)
+
+
+def test_replicas_come_when_batches_are_full_and_go_when_nothing_waits(fleet: Fleet) -> None:
+    fleet.deploy(None, SCALING)
+    one = wait_until(lambda: len(fleet.replicas()) == 1)
+    ended = threading.Event()
+
+    def ask() -> None:
+        with fleet.client() as client:
+            while not ended.is_set():
+                client.post("/v1/completions", json={**LONG, "stream": False})
+
+    with ThreadPoolExecutor(6) as pool:
+        work = [pool.submit(ask) for _ in range(6)]
+        more = fleet.all_answer(1)  # one that has not answered before
+        ended.set()
+        for each in work:
+            each.result()
+    fewer = wait_until(lambda: len(fleet.replicas()) == 1)
+    fleet.deploy(2)
+    back = fleet.all_answer(1)
+    assert (one, more, fewer, back) == (True, True, True, True)
+
+
+def test_a_replica_may_be_of_vllm(small: SmallBase, postgres_cluster: Cluster) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    vllm = {"eager": True, "kv_cache_bytes": 100_000_000, "max_context": 256}
+    settings = {"engine": "vllm", "dtype": "float32", "vllm": vllm}
+    texts: dict[str, str] = {}
+    with (
+        running_fleet(small, postgres_cluster.create_database(), 1, **settings) as fleet,
+        fleet.client() as client,
+    ):
+        for number, name in enumerate(("one", "two")):
+            register(client, name, random_router(fleet.inventory, number)).raise_for_status()
+            texts[name] = _text(client.post("/v1/completions", json={**BASE, "task": name}))
+    assert not [text for text in texts.values() if "error" in text]
+    assert texts["one"] != texts["two"]
