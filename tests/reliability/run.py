@@ -4,7 +4,7 @@
 
 Each proof also runs with a planted defect, shorter, and must then fail, in the figures that the
 defect moves: an error of the run itself is no proof that it would be found. What a proof found is
-written to `--out` as soon as it ends, and a proof that is there already is left out, so a run that
+written to `--out` as soon as it ends, with a table for people beside it (`.md`), and a proof that is there already is left out, so a run that
 was broken off goes on where it stopped. Times want the machine for themselves.
 """
 
@@ -15,6 +15,7 @@ import json
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,22 @@ def prove(name: str, proof: Proof, ground: Ground) -> dict[str, Any]:
     }
 
 
+def table(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown: what each proof did, the figures that have limits, and its planted defect."""
+    lines = ["| proof | done | found, and its limit | planted defect |", "|---|---|---|---|"]
+    for name, entry in sorted(entries.items()):
+        found = [f"{key}: {entry['figure'][key]} ({limit})" for key, limit in entry["limit"].items()]
+        planted = entry["planted_defect"]
+        cells = (
+            f"`{name}`" + ("" if entry["passed"] else ", not passed"),
+            f"{entry['goal']}; {entry['length']}",
+            "; ".join(found),
+            f"{planted['what']}: {'found' if planted['caught'] else 'NOT found'}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def run(chosen: list[str], out: Path, ground: Ground, *, again: bool) -> list[str]:
     """Run those of the proofs that have no result yet; those that failed, then or now."""
     entries: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
@@ -67,6 +84,7 @@ def run(chosen: list[str], out: Path, ground: Ground, *, again: bool) -> list[st
             entries.pop(name, None)
             continue
         write_record(out, entries)
+        out.with_suffix(".md").write_text(table(entries))
         print(json.dumps(entries[name]), flush=True)
     return [name for name in chosen if not entries.get(name, {}).get("passed")]
 

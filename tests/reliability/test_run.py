@@ -122,6 +122,13 @@ def test_the_results_are_of_every_proof_passed_and_every_defect_caught() -> None
     assert (failed, missed) == ([], [])
 
 
+def test_the_table_beside_the_results_is_theirs() -> None:
+    entries = json.loads(runner.RESULTS.read_text())
+    written = runner.RESULTS.with_suffix(".md").read_text()
+    assert written == runner.table(entries)
+    assert [name for name in entries if f"`{name}`" not in written] == []
+
+
 def test_a_run_goes_on_where_it_was_broken_off(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ground: Ground
 ) -> None:
