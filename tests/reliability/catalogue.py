@@ -207,11 +207,11 @@ PROOFS = {
     ),
     "prefix-cache": Proof(
         lambda ground: prefix_cache(ground.folder()),
-        lambda ground: prefix_cache(ground.folder(), without=True),
-        "the engine with a prefix cache has none",
+        lambda ground: prefix_cache(ground.folder(), useless=True),
+        "the prefix cache finds nothing, and takes 2 ms for each token",
         [
             f"{name}, with the cache over without"
-            for name in ("chat", "system_prompt", "system_prompt_at_once")
+            for name in ("chat", "system_prompt", "system_prompt_at_once", "unlike_prompts")
         ],
     ),
     "ray": Proof(

@@ -57,7 +57,9 @@ def table(entries: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown: what each proof did, the figures that have limits, and its planted defect."""
     lines = ["| proof | done | found, and its limit | planted defect |", "|---|---|---|---|"]
     for name, entry in sorted(entries.items()):
-        found = [f"{key}: {entry['figure'][key]} ({limit})" for key, limit in entry["limit"].items()]
+        found = [
+            f"{key}: {entry['figure'][key]} ({limit})" for key, limit in entry["limit"].items()
+        ]
         planted = entry["planted_defect"]
         cells = (
             f"`{name}`" + ("" if entry["passed"] else ", not passed"),

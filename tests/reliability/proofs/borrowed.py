@@ -15,7 +15,14 @@ from reliability.result import Result
 
 TESTS = Path(__file__).parents[2]
 
-_PLANT_PREFIX = "import bench.cache.prefix as bench; bench.WITH = bench.WITHOUT; bench.main()"
+_PLANT_PREFIX = """
+import time
+from bench.cache import prefix
+from polyrex.server.engines.embedded.prefix_cache import PrefixCache
+PrefixCache.adopt = lambda *_: None
+PrefixCache.remember = lambda *_: time.sleep(0.002)
+prefix.main()
+"""
 
 
 def access(folder: Path, *, plugins: Sequence[str] = ()) -> Result:
@@ -62,13 +69,13 @@ def run_tests(
     )
 
 
-def prefix_cache(folder: Path, *, without: bool = False) -> Result:
+def prefix_cache(folder: Path, *, useless: bool = False) -> Result:
     """What `make bench-prefix` measures.
 
-    `without`: a planted defect, no cache is compared with none.
+    `useless`: a planted defect, a cache that takes its time and finds nothing.
     """
     out = folder / "prefix.json"
-    started = ["-c", _PLANT_PREFIX, "--rounds", "1"] if without else ["-m", "bench.cache.prefix"]
+    started = ["-c", _PLANT_PREFIX, "--rounds", "1"] if useless else ["-m", "bench.cache.prefix"]
     command = [sys.executable, *started, "--out", str(out)]
     subprocess.run(command, cwd=TESTS, env=_environment(), check=True)
     found = json.loads(out.read_text())
