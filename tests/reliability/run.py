@@ -4,8 +4,9 @@
 
 Each proof also runs with a planted defect, shorter, and must then fail, in the figures that the
 defect moves: an error of the run itself is no proof that it would be found. What a proof found is
-written to `--out` as soon as it ends, with a table for people beside it (`.md`), and a proof that is there already is left out, so a run that
-was broken off goes on where it stopped. Times want the machine for themselves.
+written to `--out` as soon as it ends, with a table for people beside it (`.md`), and a proof that
+is there already is left out, so a run that was broken off goes on where it stopped. Times want the
+machine for themselves.
 """
 
 from __future__ import annotations
