@@ -139,7 +139,7 @@ PROOFS = {
         ["second servers that refused to start", "messages that name the file"],
     ),
     "updates": Proof(
-        _updates(2000, 500),
+        _updates(2000, 200),
         _updates(100, 50, UNPINNED),
         "the second half of an answer comes from the version that is current by then",
         ["answers of no version"],
