@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -181,9 +182,21 @@ def test_a_replica_that_is_not_needed_any_more_ends_its_streams_first(fleet: Fle
     assert (fewer, back) == (True, True)
 
 
+def stays(fleet: Fleet, replicas: int) -> bool:
+    """Whether there is this number of replicas for two seconds, and not while one replaces another.
+
+    Ray replaces those whose configuration has changed.
+    """
+    for _ in range(20):
+        if len(fleet.replicas()) != replicas:
+            return False
+        time.sleep(0.1)
+    return True
+
+
 def test_replicas_come_when_batches_are_full_and_go_when_nothing_waits(fleet: Fleet) -> None:
     fleet.deploy(None, SCALING)
-    one = wait_until(lambda: len(fleet.replicas()) == 1)
+    one = wait_until(lambda: stays(fleet, 1))
     ended = threading.Event()
 
     def ask() -> None:
@@ -193,11 +206,11 @@ def test_replicas_come_when_batches_are_full_and_go_when_nothing_waits(fleet: Fl
 
     with ThreadPoolExecutor(6) as pool:
         work = [pool.submit(ask) for _ in range(6)]
-        more = fleet.all_answer(1)  # one that has not answered before
+        more = wait_until(lambda: stays(fleet, 2))
         ended.set()
         for each in work:
             each.result()
-    fewer = wait_until(lambda: len(fleet.replicas()) == 1)
+    fewer = wait_until(lambda: stays(fleet, 1))
     fleet.deploy(2)
     back = fleet.all_answer(1)
     assert (one, more, fewer, back) == (True, True, True, True)
@@ -215,5 +228,7 @@ def test_a_replica_may_be_of_vllm(small: SmallBase, postgres_cluster: Cluster) -
         for number, name in enumerate(("one", "two")):
             register(client, name, random_router(fleet.inventory, number)).raise_for_status()
             texts[name] = _text(client.post("/v1/completions", json={**BASE, "task": name}))
+        engines = fleet.processes("VLLM::EngineCore")
+    assert len(engines) == 1
     assert not [text for text in texts.values() if "error" in text]
     assert texts["one"] != texts["two"]

@@ -182,15 +182,16 @@ def test_a_condition_that_does_not_hold_is_told_before_the_fit(served: Served, p
     assert last["event"] == "registered"
 
 
+def until(go: Path) -> str:
+    """What a worker runs at its end so that it waits for a file."""
+    return f"while not os.path.exists({str(go)!r}): time.sleep(0.01)"
+
+
 def test_a_condition_that_holds_no_more_after_the_fit_refuses_its_router(
     served: Served, play: Play, tmp_path: Path, make_router: MakeRouter
 ) -> None:
     go = tmp_path / "go"
-    play(
-        {"event": "started"},
-        SCORED,
-        ending=f"while not os.path.exists({str(go)!r}): time.sleep(0.01)",
-    )
+    play({"event": "started"}, SCORED, ending=until(go))
     headers = {"If-None-Match": "*"}
     with served.client.stream("POST", PATH, json=BODY, headers=headers) as response:
         lines = response.iter_lines()
@@ -234,11 +235,7 @@ def test_a_fit_is_one_of_its_tenants_requests_while_it_runs(
     served: Served, play: Play, tmp_path: Path
 ) -> None:
     go = tmp_path / "go"
-    play(
-        {"event": "started"},
-        SCORED,
-        ending=f"while not os.path.exists({str(go)!r}): time.sleep(0.01)",
-    )
+    play({"event": "started"}, SCORED, ending=until(go))
     make_tenant(served.client, "acme", requests_per_minute=2, concurrent=1)
     with client_of(served.url, make_key(served.client, "acme", "task-admin")) as acme:
         as_acme = dataclasses.replace(served, client=acme)

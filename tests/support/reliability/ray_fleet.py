@@ -86,8 +86,12 @@ class Fleet:
 
     def replicas(self) -> set[int]:
         """The processes of the replicas."""
+        return self.processes("ray::ServeReplica")
+
+    def processes(self, title: str) -> set[int]:
+        """The processes of the cluster whose titles begin so."""
         processes = psutil.Process(self.driver.pid).children(recursive=True)
-        return {each.pid for each in processes if _title(each).startswith("ray::ServeReplica")}
+        return {each.pid for each in processes if _title(each).startswith(title)}
 
     def answered(self) -> set[str]:
         """The logs of the replicas that have answered a completion; each replica has its own."""
