@@ -15,12 +15,12 @@ from polyrex.server.registry.edits import TaskEdits
 from polyrex.server.registry.principal import Principal
 from polyrex.server.registry.registry import TaskRegistry
 from polyrex.server.registry.tenants.directory import Directory
-from polyrex.server.requests.admission import Gate, Readiness
+from polyrex.server.admission.gate import Gate, Readiness
 from polyrex.server.requests.database_calls import DatabaseCalls
 from polyrex.server.requests.fitting import Fitter
-from polyrex.server.requests.metrics import Metrics
+from polyrex.server.observability.metrics import Metrics
 from polyrex.server.requests.prepare import RequestPreparer
-from polyrex.server.requests.quotas import TenantQuotas
+from polyrex.server.admission.quotas import TenantQuotas
 from polyrex.server.requests.text import Tokenizer
 
 

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from polyrex.server.config import ServerConfig
 from polyrex.server.errors import StartError
 from polyrex.server.http.hosts import is_loopback
-from polyrex.server.requests.admission import Readiness
+from polyrex.server.admission.gate import Readiness
 
 
 def check_exposure(host: str, *, keys: bool, insecure: bool) -> None:

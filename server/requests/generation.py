@@ -13,7 +13,7 @@ from typing import TypeVar
 from polyrex.server.engines.base import Engine, FinishReason, Token, TokenChunk
 from polyrex.server.errors import EngineError
 
-from .metrics import Metrics
+from polyrex.server.observability.metrics import Metrics
 from .prepare import Choice, PreparedRequest
 from .text import IncrementalDecoder, StopScanner, Tokenizer
 

@@ -19,7 +19,7 @@ from polyrex.server.registry.principal import Principal
 from polyrex.server.requests.bodies import ChatCompletionRequest, CompletionRequest, Sampling
 from polyrex.server.requests.generation import collect, generate
 from polyrex.server.requests.prepare import PreparedRequest
-from polyrex.server.requests.quotas import Meter
+from polyrex.server.admission.quotas import Meter
 
 router = APIRouter(prefix="/v1", dependencies=[MIN_REVISION_REACHED])
 

@@ -21,7 +21,7 @@ from polyrex.server.registry.memory import follow
 from polyrex.server.registry.memory.index import Index
 from polyrex.server.registry.principal import OPERATOR
 from polyrex.server.registry.registry import TaskRegistry
-from polyrex.server.requests.metrics import Metrics
+from polyrex.server.observability.metrics import Metrics
 
 from .engines import UnpinnedEngine
 

@@ -14,7 +14,7 @@ from polyrex.server.registry.database import Database
 from polyrex.server.registry.principal import OPERATOR
 from polyrex.server.registry.tenants.directory import Directory
 from polyrex.server.registry.tenants.records import Quotas
-from polyrex.server.requests.quotas import TenantQuotas
+from polyrex.server.admission.quotas import TenantQuotas
 from support.fake_server import FakeEngine, Serve, Served
 from support.tenants.identities import (
     OPERATOR_DIGESTS,

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from limits import RateLimitItem, RateLimitItemPerMinute
 from limits.storage import Storage
@@ -20,11 +21,20 @@ from limits.strategies import FixedWindowRateLimiter
 from polyrex.server.errors import RateLimited
 from polyrex.server.registry.tenants.directory import Directory
 
-from .admission import Gate
-from .generation import Piece
+from .gate import Gate
 
 _NEVER = 60
 """Seconds that a client is told to wait where no time is enough."""
+
+
+class _Generated(Protocol):
+    """A part of an answer, which says for how many tokens it stands."""
+
+    @property
+    def generated(self) -> int: ...
+
+
+_Part = TypeVar("_Part", bound=_Generated)
 
 
 @dataclass
@@ -34,8 +44,8 @@ class Meter:
     tokens: int = 0
 
     async def count(
-        self, pieces: AsyncGenerator[tuple[int, Piece], None]
-    ) -> AsyncGenerator[tuple[int, Piece], None]:
+        self, pieces: AsyncGenerator[tuple[int, _Part], None]
+    ) -> AsyncGenerator[tuple[int, _Part], None]:
         """Pass the pieces on, and count the tokens that were generated for them."""
         async with aclosing(pieces):
             async for index, piece in pieces:

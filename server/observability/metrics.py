@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from polyrex.server.engines.base import Engine
 from polyrex.server.registry.registry import TaskRegistry
 
-from .admission import Gate
+from polyrex.server.admission.gate import Gate
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
