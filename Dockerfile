@@ -4,6 +4,9 @@
 #   docker build -t polyrex .
 #   docker run -p 8000:8000 -v polyrex-state:/state -v ./keys:/run/secrets/keys:ro polyrex
 #
+# It needs no rights, and no root that can be written to: SECURITY.md has the flags that take both
+# away. For a release, name the base by its digest: --build-arg BASE=python:3.11-slim@sha256:...
+#
 # PyPI has torch for CUDA alone, which runs on a CPU too but is large. Where pip knows an index with
 # the CPU build, it is taken: --secret id=pip,src=pip.conf
 #
@@ -12,7 +15,9 @@
 # then made read-only, the server under these variables on 0.0.0.0 with a key file, the check's
 # command, and SIGTERM, which ends it with status 0; of the pip commands, `.[gguf]` was `.[test]`.
 
-FROM python:3.11-slim AS build
+ARG BASE=python:3.11-slim
+
+FROM ${BASE} AS build
 ARG DEVICE=cpu
 WORKDIR /build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -33,15 +38,17 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
 ENV POLYREX_CACHE=/opt/polyrex/models HF_HUB_OFFLINE=1 PYTHONSAFEPATH=1
 RUN python -c "from polyrex.adapters.model.base_model import *; resolve_base(DEFAULT_BASE, print)"
 
-FROM python:3.11-slim
+FROM ${BASE}
 # The CPU operators are built at start, for the processor that is there.
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/polyrex /opt/polyrex
-RUN useradd --system --uid 10001 --no-create-home polyrex \
+RUN useradd --system --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin polyrex \
     && install --directory --owner=polyrex --mode=0700 /state /opt/polyrex/models/kernels
-USER polyrex
-VOLUME /state
+# A number, so that Kubernetes can tell that it is not root.
+USER 10001
+# The second holds the operators, which are code: no other container may write to it.
+VOLUME ["/state", "/opt/polyrex/models/kernels"]
 ENV PATH=/opt/polyrex/bin:$PATH \
     POLYREX_CACHE=/opt/polyrex/models \
     XDG_STATE_HOME=/state \

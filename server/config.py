@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Group, Parameter
-from cyclopts.types import NonNegativeInt, PositiveInt
+from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from cyclopts.validators import Number
 
 FLAT = Parameter(name="*")
@@ -51,6 +51,13 @@ class EngineName(StrEnum):
 
     embedded = "embedded"
     vllm = "vllm"
+
+
+class LogFormat(StrEnum):
+    """The form of log lines: JSON for collectors, text for people."""
+
+    json = "json"
+    text = "text"
 
 
 @dataclass(frozen=True)
@@ -126,15 +133,45 @@ class ServerConfig:
     lora_dir: Annotated[Path | None, _SERVER] = None
     """Folder whose routers POST /v1/load_lora_adapter may load; without it, it loads none."""
     max_in_flight: Annotated[PositiveInt, _LIMITS] = 256
-    """Most completions admitted and not finished, running ones included; beyond it, 429."""
+    """Most completions that run or wait for a place in the engine; beyond it, 429 or 503. A tenant
+    may have three times as many as it leaves free: alone, three quarters of them."""
+    max_queued_tokens: Annotated[PositiveInt, _LIMITS] = 1 << 18
+    """Most tokens of completions that wait for a place, by estimate; a tenant's part of them is as
+    that of max_in_flight. One request may always wait."""
+    max_queue_seconds: Annotated[PositiveFloat, _LIMITS] = 10.0
+    """Seconds that a request may wait for a place; it is refused at once where it would wait
+    longer. Where a tenant goes on asking for more than twice its share, its requests may wait as
+    long as the engine takes to a first token."""
     max_body_bytes: Annotated[PositiveInt, _LIMITS] = 1 << 20
     """Largest body of a request; beyond it, 413."""
     max_header_bytes: Annotated[PositiveInt, _LIMITS] = 16 << 10
     """Most bytes of a request's headers; beyond it, 431."""
     max_headers: Annotated[PositiveInt, _LIMITS] = 100
     """Most headers of a request; beyond it, 431."""
-    drain_seconds: Annotated[NonNegativeInt, _LIMITS] = 30
-    """Seconds that running requests may take after SIGTERM."""
+    max_connections: Annotated[PositiveInt, _LIMITS] = 2048
+    """Most open connections; beyond it, 503 for all but /livez and /readyz. Fewer where the limit of
+    descriptors is low."""
+    max_address_connections: Annotated[PositiveInt, _LIMITS] = 1024
+    """Most open connections of one client address, which may be a proxy; beyond it, 503."""
+    header_seconds: Annotated[PositiveFloat, _LIMITS] = 10.0
+    """Seconds that a request's headers may take to arrive, and that a new connection may be idle."""
+    body_seconds: Annotated[PositiveFloat, _LIMITS] = 60.0
+    """Seconds that a body may take to arrive. After the first header_seconds it must also have come at
+    1 KiB a second."""
+    keep_alive_seconds: Annotated[PositiveFloat, _LIMITS] = 5.0
+    """Seconds that a connection may be idle between requests."""
+    write_seconds: Annotated[PositiveFloat, _LIMITS] = 30.0
+    """Seconds that a client may read nothing of what waits for it; then its request is ended."""
+    request_seconds: Annotated[PositiveFloat, _LIMITS] = 300.0
+    """Seconds from a request's last byte to the last byte of its answer; beyond it, 504. A client may
+    ask for fewer in the header x-polyrex-timeout. Fitting a task has fit_seconds."""
+    drain_seconds: Annotated[NonNegativeFloat, _LIMITS] = 30.0
+    """Seconds that running requests may take after SIGTERM, while new ones get 503."""
+    engine_stall_seconds: Annotated[PositiveFloat, _LIMITS] = 60.0
+    """Seconds that the engine may make no progress with requests in it; then its process is
+    killed and started again. More where one step takes long: a large model on a CPU."""
+    fit_seconds: Annotated[PositiveInt, _LIMITS] = 1800
+    """Seconds that fitting a task may take; beyond it, the fit ends with an error."""
 
 
 @dataclass(frozen=True)
@@ -181,3 +218,5 @@ class Launch:
     """File of API keys, one a line; every route but /livez and /readyz then asks for one."""
     insecure: Annotated[bool, _SERVER] = False
     """Listen on addresses that others can reach without asking for API keys."""
+    log_format: Annotated[LogFormat | None, _SERVER] = None
+    """Form of the log on standard error; if not given, text on a terminal and JSON elsewhere."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from sqlalchemy.exc import ArgumentError
 from polyrex.server.cli.main import COMMANDS
 from polyrex.server.cli.settings import EVERY_OPTION, PREFIX, sources
 from polyrex.server.config import Device, EngineName, Launch, ServerConfig
-from polyrex.server.errors import StartError
+from polyrex.server.errors import EngineRestarting, StartError
 from polyrex.server.http.auth import read_key_digests
 from polyrex.server.launch.process import check_exposure
 from polyrex.server.launch.progress import Progress
@@ -95,6 +96,8 @@ class Replica:
     async def check_health(self) -> None:
         """Raise StartError or EngineStopped where only a new replica helps.
 
+        An engine that the replica itself starts again needs no new replica.
+
         Ray sends a replica its first request once this has returned for the first time, which it
         does when the engine has started.
         """
@@ -102,7 +105,8 @@ class Replica:
         await context.readiness.settled.wait()
         if context.readiness.failure is not None:
             raise StartError(f"the engine failed to start: {context.readiness.failure}")
-        context.engine.check()
+        with suppress(EngineRestarting):
+            context.engine.check()
 
 
 def read_launch(args: Mapping[str, Any]) -> Launch:

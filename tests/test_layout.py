@@ -38,6 +38,7 @@ OWNERS = {
     "pydantic": "server/",
     "starlette": "server/",
     "uvicorn": "server/",
+    "opentelemetry": "server/observability/",
     "vllm": "server/engines/vllm/",
     "triton": "kernels/gpu/",
 }

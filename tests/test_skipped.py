@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 
+from support.observability import prometheus
 from support.storage.postgres import NOT_INSTALLED
 
 TESTS = Path(__file__).parent
+OTEL = "OpenTelemetry is not installed (pip install 'polyrex[otel]')"
 RAY = "Ray is not installed (pip install 'polyrex[ray]')"
 MISSING = {
     "support/storage/postgres.py": NOT_INSTALLED,
+    "support/observability/prometheus.py": prometheus.NOT_INSTALLED,
+    "server/observability/test_tracing.py": OTEL,
     "server/registry/test_storage_faults.py": "gcc is not installed",
     "server/test_ray_app.py": RAY,
     "server/test_ray_settings.py": RAY,

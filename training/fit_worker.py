@@ -1,9 +1,11 @@
 """Fits a router to a few rows, in the process that `POST /v1/tasks/{name}/fit` starts.
 
-Reads a job (FitJob) as one JSON object from stdin, and writes events to stdout, one JSON object a
+Reads a job (FitJob) as one line of JSON from stdin, and writes events to stdout, one JSON object a
 line: `started` (with the device), `progress` (step, steps, loss), and finally `scored`, or `failed`
 with a message.
 The router is then in the job's `out` file, with its scores in the metadata.
+
+Stdin stays open as long as anybody wants the result: the worker ends when it is closed.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import json
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +25,7 @@ from torch import Tensor
 
 from polyrex.adapters.errors import DataError, PolyrexError
 from polyrex.adapters.files.inventory import load_experts, read_inventory
-from polyrex.adapters.files.router import RouterMetadata, write_router
+from polyrex.adapters.files.router import RouterMetadata, router_bytes
 from polyrex.adapters.model.attach import AdaptedModel
 from polyrex.adapters.model.base_model import torch_dtype
 from polyrex.adapters.model.devices import device_name
@@ -115,7 +118,8 @@ def run_job(job: FitJob, emit: Callable[..., None]) -> None:
         },
         scores={"held_out": scores},
     )
-    write_router(Path(job.out), logits, inventory.spec, metadata)
+    # Not by way of another name: it may be a descriptor of a file that has no name.
+    Path(job.out).write_bytes(router_bytes(logits, inventory.spec, metadata))
     emit("scored", **scores)
 
 
@@ -175,13 +179,22 @@ def _emit(event: str, **values: Any) -> None:
     print(json.dumps({"event": event, **values}), flush=True)
 
 
+def _end_with_stdin() -> None:
+    """End the process when stdin is closed, as it is when the server dies, however it dies."""
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
 def main() -> None:
     """Run the job on stdin; a job that fails emits `failed` and exits with status 1."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     os.nice(NICENESS)
     torch.set_num_threads(THREADS)
+    job = FitJob(**json.loads(sys.stdin.buffer.readline()))
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
     try:
-        run_job(FitJob(**json.loads(sys.stdin.read())), _emit)
+        run_job(job, _emit)
     except PolyrexError as error:
         _emit("failed", message=str(error))
         sys.exit(1)

@@ -8,7 +8,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -174,8 +175,9 @@ def _convert_smollm2(target: Path) -> None:
         )
     package = Path(spec.origin).parent
     gguf = next(package.glob("*.gguf")).name
-    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf)
-    quantised = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf, dtype=torch.float32)
+    load: dict[str, Any] = {"gguf_file": gguf, "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(package, **load)
+    quantised = AutoModelForCausalLM.from_pretrained(package, **load, dtype=torch.float32)
     # transformers refuses to save a model loaded from GGUF, but saves a fresh one.
     config = quantised.config.__class__.from_dict(
         {k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}
@@ -220,9 +222,11 @@ def load_base(
     the model; on the CPU, those that are stored in `dtype` stay mapped from the file. A checkpoint
     that is quantised, or is to be, has its linear layers in the library's own form.
 
-    Raises DeviceError where that library is missing, or the device cannot do it.
+    Raises FileError where there is no such model, or it brings code of its own, which is never run;
+    DeviceError where that library is missing, or the device cannot do it.
     """
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    with _refusals(path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     load = partial(kind.from_pretrained, path, config=config, trust_remote_code=False)
     place = torch.device(device)
@@ -275,8 +279,19 @@ _QUANTISED: dict[Quantisation, Callable[[torch.dtype], Any]] = {
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer, with its chat template."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        path, trust_remote_code=False
-    )
+    """The base model's tokenizer, with its chat template. Raises FileError as `load_base` does."""
+    with _refusals(path):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=False
+        )
     return tokenizer
+
+
+@contextmanager
+def _refusals(path: str) -> Iterator[None]:
+    """Turn what transformers says of a model that it does not load into FileError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise FileError(f"base model {path}: {said:.300}") from error

@@ -66,7 +66,9 @@ def base_targets(base: str, pattern: str = ALL_PROJECTIONS) -> tuple[TargetModul
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=False
+            )
     except (OSError, ValueError) as error:
         raise FileError(f"{base}: neither {' nor '.join(_NAMED)}, and {error}") from error
     return find_targets(model, pattern)

@@ -25,6 +25,7 @@ _COMPILE = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-fvisibility=hidden"
 # OpenMP is not linked: its symbols are found in the library that torch has loaded, and a second
 # library would start a second set of threads.
 _LINK = ("-shared", "-lc10", "-ltorch", "-ltorch_cpu")
+_OTHERS_MAY_WRITE = 0o002
 
 
 def cache_folder() -> Path:
@@ -43,8 +44,12 @@ def why_not_compiled() -> str | None:
     """
     library = cache_folder() / "kernels" / f"routed-{_fingerprint()}.so"
     try:
+        # for its owner alone: what lies here is run
+        library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_ours(library.parent)
         if not library.exists():
             _build(library)
+        _check_ours(library)
         torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except (OSError, subprocess.CalledProcessError) as error:
         output = getattr(error, "stderr", None) or str(error)
@@ -52,6 +57,15 @@ def why_not_compiled() -> str | None:
         logger.warning("%s; PyTorch's own operators stand in", reason)
         return reason
     return None
+
+
+def _check_ours(path: Path) -> None:
+    """Raise OSError where another user could have written what would be run from here."""
+    found = path.stat()
+    if found.st_uid not in (0, os.geteuid()):
+        raise OSError(f"{path} belongs to another user")
+    if found.st_mode & _OTHERS_MAY_WRITE:
+        raise OSError(f"{path}: every user may write to this; chmod o-w it")
 
 
 def _fingerprint() -> str:
@@ -77,7 +91,6 @@ def _build(library: Path) -> None:
     Raises OSError if there is no compiler, CalledProcessError if it fails.
     """
     logger.info("building the CPU operators (once)")
-    library.parent.mkdir(parents=True, exist_ok=True)
     compiler = os.environ.get("CXX", "c++")
     includes = [f"-I{path}" for path in include_paths()]
     libraries = [f"-L{path}" for path in library_paths()]

@@ -28,10 +28,12 @@ _NEVER = 60
 
 
 class _Generated(Protocol):
-    """A part of an answer, which says for how many tokens it stands."""
+    """A part of an answer, which says for how many tokens it stands, and whether it is the last."""
 
     @property
     def generated(self) -> int: ...
+    @property
+    def finish_reason(self) -> str | None: ...
 
 
 _Part = TypeVar("_Part", bound=_Generated)
@@ -39,17 +41,21 @@ _Part = TypeVar("_Part", bound=_Generated)
 
 @dataclass
 class Meter:
-    """The tokens of one request, counted while it runs."""
+    """What one request has had, counted while it runs."""
 
-    tokens: int = 0
+    tokens: int = 0  # of prompts and completions
+    generated: int = 0  # of completions alone
+    finished: int = 0  # completions that have been read to their end
 
     async def count(
         self, pieces: AsyncGenerator[tuple[int, _Part], None]
     ) -> AsyncGenerator[tuple[int, _Part], None]:
-        """Pass the pieces on, and count the tokens that were generated for them."""
+        """Pass the pieces on, and count what was generated for them."""
         async with aclosing(pieces):
             async for index, piece in pieces:
                 self.tokens += piece.generated
+                self.generated += piece.generated
+                self.finished += piece.finish_reason is not None
                 yield index, piece
 
 

@@ -6,10 +6,11 @@ import logging
 from dataclasses import replace
 from typing import Annotated
 
-from polyrex.server.config import FLAT, Launch
+from polyrex.server.config import FLAT, Launch, LogFormat
 from polyrex.server.http.auth import read_key_digests
 from polyrex.server.launch.process import bind, check_exposure, run
 from polyrex.server.launch.progress import Progress
+from polyrex.server.observability.logs import set_up_logging
 
 
 def serve(*, launch: Annotated[Launch, FLAT] = Launch()) -> None:  # noqa: B008  # frozen
@@ -17,10 +18,10 @@ def serve(*, launch: Annotated[Launch, FLAT] = Launch()) -> None:  # noqa: B008 
 
     Send a request with the field `task`, or with a task's name as `model`.
     """
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    form = set_up_logging(launch.log_format)
     # Starting and stopping are reported here.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    progress = Progress()
+    progress = Progress(in_log=form is LogFormat.json)
     keys = read_key_digests(launch.api_key_file) if launch.api_key_file else ()
     check_exposure(launch.server.host, keys=bool(keys), insecure=launch.insecure)
     server = replace(launch.server, api_key_digests=keys)

@@ -6,12 +6,14 @@ handled in server/requests, the same way for every engine.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from polyrex.adapters.files.task import TaskVersion
 from polyrex.server.errors import EngineError
+
+if TYPE_CHECKING:  # it brings PyTorch, and an engine need not
+    from polyrex.adapters.files.task import TaskVersion
 
 FinishReason = Literal["stop", "length"]
 
@@ -45,6 +47,9 @@ class GenerationRequest:
     cache_salt: str = ""
     """Requests share cached keys and values of a prefix only where this is the same: it stands for
     inventory, tenant, router and the client's own salt (requests/cache_salt.py)."""
+    ended: Callable[[], None] | None = field(default=None, compare=False, repr=False)
+    """Called in the event loop, once, when the engine has nothing more to do for the request: its
+    last chunks may not have been read yet. An engine in this very process may leave it out."""
 
     def check(self, vocabulary: int, context_length: int) -> None:
         """Raise EngineError where this request would harm others in its batch, or never end.
@@ -94,17 +99,21 @@ class TokenChunk:
 class EngineStats:
     """Gauges and running totals for /metrics and /readyz."""
 
-    running: int
-    waiting: int
-    kv_cache_usage: float  # 0 to 1
-    slots_used: int
-    steps: int
-    prompt_tokens: int
-    generated_tokens: int
+    running: int = 0
+    waiting: int = 0
+    kv_cache_usage: float = 0.0  # 0 to 1
+    slots_used: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
     adapter_steps: Mapping[str, int] = field(default_factory=dict)
     """Forward passes with adapters, by path (kernels/step_plan.py), if the engine counts them."""
     prefix_queries: int = 0  # prompt tokens that were looked for in the prefix cache
     prefix_hits: int = 0  # of them, those that were found
+    kv_block_size: int = 0  # tokens
+    kv_blocks: int = 0  # of the whole cache; 0 while the engine is not up
+    preemptions: int = 0  # requests that lost their place in the cache, and wait again
+    restarts: int = 0  # of a failed engine
 
 
 class Engine(Protocol):
@@ -113,6 +122,11 @@ class Engine(Protocol):
     @property
     def context_length(self) -> int:
         """The most tokens that a prompt and its completion may have together."""
+        ...
+
+    @property
+    def most_running(self) -> int:
+        """How many requests it runs at the same time; it is known before the start."""
         ...
 
     async def start(self) -> None:
@@ -131,7 +145,10 @@ class Engine(Protocol):
         ...
 
     def check(self) -> None:
-        """Raise EngineStopped if the engine cannot serve; /livez and /readyz call this."""
+        """Raise EngineStopped if the engine cannot serve; /livez and /readyz call this.
+
+        EngineRestarting says that it will serve again, without anybody doing anything.
+        """
         ...
 
     def stats(self) -> EngineStats:

@@ -87,6 +87,13 @@ def rule_of(scope: Scope) -> Rule | None:
     return None
 
 
+def methods_of(scope: Scope) -> list[str]:
+    """The methods with which the path of this request can be asked, whichever route has them."""
+    routes = (route for route in scope["app"].routes if isinstance(route, Route))
+    known = [route for route in routes if route.matches(scope)[0] is not Match.NONE]
+    return sorted({method for route in known for method in route.methods or ()})
+
+
 def check_declared(routes: Iterable[BaseRoute]) -> None:
     """Raise StartError where a route has no rule."""
     for route in routes:

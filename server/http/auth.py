@@ -13,6 +13,7 @@ from starlette.websockets import WebSocketClose
 from polyrex.server.config import ServerConfig
 from polyrex.server.errors import AuthenticationError, Forbidden, ServerError, StartError
 from polyrex.server.registry.principal import OPERATOR, Principal
+from polyrex.server.registry.storage.private import check_private
 from polyrex.server.registry.tenants.directory import Directory
 from polyrex.server.registry.tenants.secret_keys import PREFIX, digest
 
@@ -22,8 +23,12 @@ from .hosts import accepted_hosts, check_host, check_origin
 
 
 def read_key_digests(path: Path) -> tuple[bytes, ...]:
-    """Read a file of keys, one a line, as sha256 digests; raises StartError where it has none."""
+    """Read a file of keys, one a line, as sha256 digests.
+
+    Raises StartError where it has none, or where every user could add one.
+    """
     try:
+        check_private(path)
         keys = path.read_text().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise StartError(f"{path}: the API keys cannot be read: {error}") from error

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Header, Request
+from pydantic import WithJsonSchema
 
-from polyrex.server.errors import InvalidRequest, PreconditionFailed, UnsupportedBody
+from polyrex.server.errors import InvalidRequest, PreconditionFailed
 from polyrex.server.registry.records import TaskRecord
 from polyrex.server.registry.rows import Existence, Expected
 
 from .context import Context
+from .json_body import check_declared_json, media_type
 
 REVISION = "x-polyrex-revision"
 MIN_REVISION = "x-polyrex-min-revision"
@@ -28,7 +30,8 @@ REPLICA_WAIT = 2.0
 
 _ETAG = re.compile(r'"([0-9]{1,18})"')
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
-_Header = list[str] | None
+# A list, so that a header that comes twice is seen; what clients are told is that it is one text.
+_Header = Annotated[list[str] | None, WithJsonSchema({"type": "string"})]
 
 
 @dataclass(frozen=True)
@@ -133,10 +136,9 @@ MIN_REVISION_REACHED = Depends(_reached)
 
 
 async def _declared_json(request: Request) -> None:
-    found = media_type(request)
-    bare = not found and request.method in ("PUT", "DELETE")
-    if request.method != "GET" and not bare and found != "application/json":
-        raise UnsupportedBody(f"content-type must be application/json, got {found!r:.80}")
+    bare = not media_type(request) and request.method in ("PUT", "DELETE")
+    if request.method != "GET" and not bare:
+        check_declared_json(request)
 
 
 JSON_ONLY = Depends(_declared_json)
@@ -144,11 +146,6 @@ JSON_ONLY = Depends(_declared_json)
 
 A browser asks before a web page may send JSON, PUT or DELETE to another site.
 """
-
-
-def media_type(request: Request) -> str:
-    """The body's media type in lower case, without parameters; empty where there is none."""
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def revision_headers(context: Context, task: TaskRecord | None = None) -> dict[str, str]:

@@ -15,13 +15,17 @@ from polyrex.server.registry.edits import TaskEdits
 from polyrex.server.registry.principal import Principal
 from polyrex.server.registry.registry import TaskRegistry
 from polyrex.server.registry.tenants.directory import Directory
-from polyrex.server.admission.gate import Gate, Readiness
+from polyrex.server.admission.gate import Readiness
+from polyrex.server.admission.places import Places
 from polyrex.server.requests.database_calls import DatabaseCalls
 from polyrex.server.requests.fitting import Fitter
 from polyrex.server.observability.metrics import Metrics
+from polyrex.server.observability.tracing import Traces
 from polyrex.server.requests.prepare import RequestPreparer
 from polyrex.server.admission.quotas import TenantQuotas
 from polyrex.server.requests.text import Tokenizer
+
+from .json_body import BodyReader
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,12 @@ class AppContext:
     registry: TaskRegistry
     reads: DatabaseCalls
     writes: DatabaseCalls
+    bodies: BodyReader
     tokenizer: Tokenizer
     preparer: RequestPreparer
     metrics: Metrics
-    gate: Gate
+    traces: Traces | None
+    places: Places
     edits: TaskEdits
     directory: Directory
     quotas: TenantQuotas

@@ -22,7 +22,9 @@ from polyrex.adapters.errors import (
 from polyrex.server.errors import (
     AuthenticationError,
     ClientDisconnected,
+    DeadlineExceeded,
     EngineError,
+    EngineOutOfMemory,
     EngineStopped,
     FitFailed,
     Forbidden,
@@ -33,17 +35,25 @@ from polyrex.server.errors import (
     PreconditionFailed,
     QuotaExceeded,
     RateLimited,
+    ReceiptTimeout,
     RevisionNotReached,
+    ServerFull,
+    ShuttingDown,
     StorageError,
     StorageFull,
     TaskDamaged,
     TenantExists,
     TooLarge,
+    TooManyConnections,
     UnknownKey,
     UnknownModel,
     UnknownTenant,
     UnsupportedBody,
 )
+
+from polyrex.server.observability.requests import current_request
+
+from .access import methods_of
 
 
 class _Answer(NamedTuple):
@@ -54,6 +64,7 @@ class _Answer(NamedTuple):
 
 
 _RETRY = {"Retry-After": "1"}
+_CLOSE = {**_RETRY, "Connection": "close"}
 _ANSWERS: Mapping[type[Exception], _Answer] = {
     InvalidRequest: _Answer(400, "invalid_request_error", "invalid_request"),
     InvalidTaskName: _Answer(400, "invalid_request_error", "invalid_task_name"),
@@ -69,12 +80,16 @@ _ANSWERS: Mapping[type[Exception], _Answer] = {
     TenantExists: _Answer(409, "conflict_error", "tenant_exists"),
     TaskExists: _Answer(409, "conflict_error", "task_exists"),
     InventoryMismatch: _Answer(409, "conflict_error", "inventory_mismatch"),
+    ReceiptTimeout: _Answer(
+        408, "invalid_request_error", "request_timeout", {"Connection": "close"}
+    ),
     PreconditionFailed: _Answer(412, "conflict_error", "precondition_failed"),
     TooLarge: _Answer(413, "invalid_request_error", "body_too_large", {"Connection": "close"}),
     UnsupportedBody: _Answer(415, "invalid_request_error", "unsupported_media_type"),
     FileError: _Answer(422, "invalid_request_error", "invalid_router"),
     IdempotencyMismatch: _Answer(422, "invalid_request_error", "idempotency_mismatch"),
     Overloaded: _Answer(429, "overloaded_error", "overloaded", _RETRY),
+    ServerFull: _Answer(503, "overloaded_error", "server_full", _RETRY),
     RateLimited: _Answer(429, "rate_limit_error", "rate_limit_exceeded"),
     HeadersTooLarge: _Answer(
         431, "invalid_request_error", "headers_too_large", {"Connection": "close"}
@@ -83,7 +98,11 @@ _ANSWERS: Mapping[type[Exception], _Answer] = {
     EngineError: _Answer(500, "server_error", "engine_error"),
     FitFailed: _Answer(500, "server_error", "fit_failed"),
     TaskDamaged: _Answer(500, "server_error", "task_damaged"),
+    EngineOutOfMemory: _Answer(503, "server_error", "engine_out_of_memory", _RETRY),
     EngineStopped: _Answer(503, "server_error", "engine_stopped", _RETRY),
+    TooManyConnections: _Answer(503, "overloaded_error", "too_many_connections", _CLOSE),
+    ShuttingDown: _Answer(503, "server_error", "server_shutdown", _CLOSE),
+    DeadlineExceeded: _Answer(504, "server_error", "deadline_exceeded"),
     RevisionNotReached: _Answer(503, "server_error", "revision_not_reached", _RETRY),
     StorageError: _Answer(503, "server_error", "storage_error", _RETRY),
     StorageFull: _Answer(507, "server_error", "storage_full"),
@@ -96,15 +115,28 @@ def error_body(message: str, kind: str, param: str | None, code: str) -> dict[st
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def answer_to(error: type[Exception]) -> _Answer:
+    """How errors of this type are answered."""
+    return next((_ANSWERS[cls] for cls in error.__mro__ if cls in _ANSWERS), _UNEXPECTED)
+
+
 def error_response(error: Exception) -> JSONResponse:
     """The response to any error. An unexpected error reveals nothing about itself."""
-    answer = next((_ANSWERS[cls] for cls in type(error).__mro__ if cls in _ANSWERS), _UNEXPECTED)
+    answer = answer_to(type(error))
+    current_request().error = answer.code  # for its log line and metrics
     message = "the server failed on this request" if answer is _UNEXPECTED else str(error)
     body = error_body(message, answer.type, getattr(error, "param", None), answer.code)
     headers = dict(answer.headers)
+    if isinstance(error, Overloaded):
+        headers["Retry-After"] = str(error.retry_after)
     if isinstance(error, RateLimited):
-        headers |= {"Retry-After": str(error.retry_after), **error.headers}
+        headers |= error.headers
     return JSONResponse(body, answer.status, headers)
+
+
+_PLACES = ("query", "path", "header")  # where FastAPI says that a field is, if not in the body
+_OBJECT_WANTED = ("model_type", "model_attributes_type", "dict_type")  # their texts name classes
+_LONGEST = 300  # characters of what is said about a body, whatever is in it
 
 
 def invalid_fields(errors: Sequence[Any]) -> InvalidRequest:
@@ -114,22 +146,24 @@ def invalid_fields(errors: Sequence[Any]) -> InvalidRequest:
     one belongs to the member that the value matched most closely.
     """
     deepest = max(errors, key=lambda e: (len(e["loc"]), e["type"] not in ("string_type",)))
-    place = [str(part) for part in deepest["loc"] if part != "body"]
-    first = place[0] if place else None
+    place = [str(part) for part in deepest["loc"]]
+    if place[:1] == ["body"] or (len(place) > 1 and place[0] in _PLACES):
+        del place[0]
+    first = place[0][:80] if place else None
     if deepest["type"] == "extra_forbidden":
-        return InvalidRequest(f"unknown field {'.'.join(place)!r:.200}", first)
+        # What names a member of a union is no part of the body.
+        path = [part for part in place[:-1] if "[" not in part] + place[-1:]
+        return InvalidRequest(f"unknown field {'.'.join(path)!r:.200}", first)
     if deepest["type"] == "missing":
         return InvalidRequest(f"{first or 'the body'} is missing", first)
-    if deepest["type"] == "json_invalid":
-        return InvalidRequest(f"the body is not JSON: {deepest['ctx']['error']}")
     reason = str(deepest["msg"]).removeprefix("Value error, ")
-    if not place:
-        return InvalidRequest(f"the body: {reason}")
-    return InvalidRequest(f"{first}: {reason}", first)
+    if deepest["type"] in _OBJECT_WANTED:
+        reason = "Input should be an object"
+    return InvalidRequest(f"{first or 'the body'}: {reason}"[:_LONGEST], first)
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Answer every error that the application raises with `error_response`."""
+    """Answer every error that routes raise with `error_response`; request_log.py the unexpected."""
 
     async def polyrex_error(_request: Request, error: Exception) -> JSONResponse:
         return error_response(error)
@@ -144,10 +178,11 @@ def install_error_handlers(app: FastAPI) -> None:
         message = known.get(error.status_code, str(error.detail))
         code = HTTPStatus(error.status_code).name.lower()
         body = error_body(message, "invalid_request_error", None, code)
-        return JSONResponse(body, error.status_code, error.headers)
+        headers = dict(error.headers or {})
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            headers["Allow"] = ", ".join(methods_of(request.scope))
+        return JSONResponse(body, error.status_code, headers)
 
     app.add_exception_handler(PolyrexError, polyrex_error)
     app.add_exception_handler(RequestValidationError, wrong_body)
     app.add_exception_handler(HTTPException, http_error)
-    # Starlette sends this response and then raises the error again, so that uvicorn logs it.
-    app.add_exception_handler(Exception, polyrex_error)

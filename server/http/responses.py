@@ -18,26 +18,6 @@ LEAST_LOGPROB = -9999.0
 """The log-probability shown for a probability of 0: JSON has no infinity."""
 
 
-_STATUSES: Mapping[int, str] = {
-    200: "the task as it stands now; `ETag` is its revision, `x-polyrex-revision` the registry's",
-    201: "the task is new",
-    400: "a field or a header is wrong",
-    403: "the key's role may not do this, or the tenant's quota is used up",
-    404: "no such task or version, or not for this key",
-    409: "the name has another router, or the router was made for another inventory",
-    412: "the task is not as If-Match or If-None-Match says",
-    415: "the body's content type is not one that this route reads",
-    422: "no router, or the Idempotency-Key is another request's, or its task is gone",
-    503: "the registry cannot be reached, or does not know the revision yet that was asked for",
-    507: "the registry's database is full",
-}
-
-
-def described(*statuses: int) -> dict[int | str, Json]:
-    """What OpenAPI says of the answers of a route of tasks."""
-    return {status: {"description": _STATUSES[status]} for status in statuses}
-
-
 def version_headers(prepared: PreparedRequest) -> dict[str, str]:
     """The response header that says which task version answers."""
     if prepared.task is None:

@@ -76,21 +76,31 @@ class EventStream(Response):
                     if not self._begun:
                         await self._begin(send)
                     await _send_event(send, json.dumps(event, ensure_ascii=False))
-                last = "[DONE]"
             except Exception as error:
                 if not self._begun:
                     raise
                 if not isinstance(error, PolyrexError):
                     logger.exception("a stream failed")
-                last = bytes(error_response(error).body).decode()
+                self._held.close()
+                await end_with_error(send, error)
+                return
         self._held.close()  # a client that reads the end may send its next request at once
-        await _send_event(send, last)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await _end(send, "[DONE]")
 
     async def _begin(self, send: Send) -> None:
         self._begun = True
         start = {"status": self.status_code, "headers": self.raw_headers}
         await send({"type": "http.response.start", **start})
+
+
+async def end_with_error(send: Send, error: Exception) -> None:
+    """Send the error as the last event of a stream that has begun, in place of `[DONE]`."""
+    await _end(send, bytes(error_response(error).body).decode())
+
+
+async def _end(send: Send, last: str) -> None:
+    await _send_event(send, last)
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _send_event(send: Send, data: str) -> None:

@@ -6,17 +6,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastapi import FastAPI
-from transformers.utils.logging import disable_progress_bar
 
 from polyrex.adapters.errors import FileError
 from polyrex.adapters.files.bundle import INVENTORY, Bundle
 from polyrex.adapters.files.examples import Example, read_examples
-from polyrex.adapters.files.inventory import Inventory, load_experts
-from polyrex.adapters.model.base_model import load_base, load_tokenizer, resolve_base, torch_dtype
+from polyrex.adapters.files.inventory import Inventory
+from polyrex.adapters.model.base_model import load_tokenizer, resolve_base
 from polyrex.adapters.model.devices import pick_device
 from polyrex.server.config import Device, EngineName, Launch, RegistryConfig, ServerConfig
-from polyrex.server.engines.base import Engine
-from polyrex.server.engines.threads import in_passing_thread
+from polyrex.server.engines.building import BUILDERS, EngineSettings
+from polyrex.server.engines.process.client import EngineClient, Supervision
 from polyrex.server.engines.vllm.version import check_build
 from polyrex.server.errors import StartError
 from polyrex.server.http.app import create_app
@@ -40,11 +39,10 @@ class Loaded:
 
 def load(launch: Launch, progress: Progress) -> Loaded:
     """Load everything that serving needs; raises PolyrexError where the parts do not fit."""
-    pick_device(launch.device)  # first: it may not be there
+    _check_device(launch)  # first: it may not be there
     lora_dir = launch.server.lora_dir
     if lora_dir is not None and not lora_dir.is_dir():
         raise StartError(f"--lora-dir {lora_dir}: there is no such folder")
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # our own progress says as much
     name = launch.server.model
     path = launch.inventory or shipped_inventory(name)
     with progress.stage(f"inventory {path}"):
@@ -54,13 +52,12 @@ def load(launch: Launch, progress: Progress) -> Loaded:
     with progress.stage(f"base model {name}"):
         base = resolve_base(name, progress.say)
         tokenizer = load_tokenizer(base)
-    with progress.stage(f"the {launch.engine} engine"):
-        engine = _ENGINES[launch.engine](launch, base, inventory)
     with progress.stage(f"tasks in {launch.tasks_folder}"):
         registry = open_registry(launch.registry, launch.tasks_folder, bundle)
     rejected = len(registry.rejected)
     progress.say(f"{len(registry)} tasks" + (f", {rejected} files rejected" if rejected else ""))
     intuition = prompt_intuition(inventory)
+    engine = _engine(launch, base, inventory)
     app = create_app(server_settings(launch), engine, registry, tokenizer, intuition)
     return Loaded(app, registry, examples)
 
@@ -93,30 +90,31 @@ def _examples(inventory: Inventory, progress: Progress) -> tuple[Example, ...]:
         return ()
 
 
-def _embedded(launch: Launch, base: str, inventory: Inventory) -> Engine:
-    from polyrex.server.engines.embedded.engine import EmbeddedEngine
-
-    def make() -> Engine:
-        model = load_base(base, torch_dtype(launch.dtype), pick_device(launch.device))
-        adapted = load_experts(inventory, model)
-        return EmbeddedEngine(adapted, inventory, launch.embedded)
-
-    return in_passing_thread(make)
+def _check_device(launch: Launch) -> None:
+    device: str = launch.device
+    if launch.engine is EngineName.vllm:
+        device = check_build(device).device
+    pick_device(device)
 
 
-def _vllm(launch: Launch, base: str, inventory: Inventory) -> Engine:
-    pick_device(check_build(launch.device).device)
-    try:
-        # imported here because vLLM is optional
-        from polyrex.server.engines.vllm.engine import VllmEngine
-    except ImportError as error:
-        raise StartError(
-            f"the vllm engine needs vLLM, which cannot be imported: {error}"
-        ) from error
-    return VllmEngine(base, inventory, launch.vllm, launch.dtype)
-
-
-_ENGINES = {EngineName.embedded: _embedded, EngineName.vllm: _vllm}
+def _engine(launch: Launch, base: str, inventory: Inventory) -> EngineClient:
+    """The engine, in a process of its own that begins with it."""
+    settings = EngineSettings(
+        base=base,
+        inventory=str(inventory.path.resolve()),
+        inventory_sha256=inventory.sha256,
+        dtype=launch.dtype,
+        device=launch.device,
+        embedded=launch.embedded,
+        vllm=launch.vllm,
+    )
+    of_engine = launch.vllm if launch.engine is EngineName.vllm else launch.embedded
+    return EngineClient(
+        BUILDERS[launch.engine],
+        settings.packed(),
+        of_engine.max_running,
+        Supervision(launch.server.engine_stall_seconds),
+    )
 
 
 def shipped_inventory(base: str) -> Path:

@@ -1,117 +1,76 @@
 """The metrics of /metrics. Names shared with vLLM mean the same; others begin with polyrex_.
 
-Nothing is labelled by task: ten thousand tasks would be ten thousand time series.
+Ten thousand tasks would be ten thousand time series: few_names.py says which may have their own.
+docs/observability.md lists all names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
-
+from polyrex.server.admission.gate import Readiness
 from polyrex.server.engines.base import Engine
 from polyrex.server.registry.registry import TaskRegistry
 
-from polyrex.server.admission.gate import Gate
+from .completions import CompletionMetrics, CompletionTimes
+from .requests import RequestRecord, current_request
+from .snapshot import Places, Snapshot
+from .usage import Usage
 
-_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-
-
-class _Snapshot(Collector):
-    """Reads engine, registry and gate at scrape time, so that no copy has to be kept in step."""
-
-    def __init__(self, engine: Engine, tasks: TaskRegistry, gate: Gate) -> None:
-        self._engine = engine
-        self._tasks = tasks
-        self._gate = gate
-
-    def describe(self) -> Iterable[Metric]:
-        return ()  # the engine may not be running yet
-
-    def collect(self) -> Iterator[Metric]:
-        stats = self._engine.stats()
-        gauges: tuple[tuple[str, str, float], ...] = (
-            ("vllm:num_requests_running", "Completions being generated", stats.running),
-            ("vllm:num_requests_waiting", "Completions waiting in the engine", stats.waiting),
-            ("vllm:kv_cache_usage_perc", "Share of the KV cache in use", stats.kv_cache_usage),
-            ("polyrex_in_flight", "Completions admitted and not finished", self._gate.in_flight),
-            ("polyrex_slots_used", "Rows of the routing table in use", stats.slots_used),
-        )
-        gauges += self._of_registry()
-        for name, text, value in gauges:
-            yield GaugeMetricFamily(name, text, value)
-        totals = (
-            ("vllm:prompt_tokens", "Prompt tokens processed", stats.prompt_tokens),
-            ("vllm:generation_tokens", "Tokens generated", stats.generated_tokens),
-            ("polyrex_engine_steps", "Forward passes", stats.steps),
-            ("vllm:prefix_cache_queries", "Prompt tokens looked up", stats.prefix_queries),
-            ("vllm:prefix_cache_hits", "Prompt tokens found cached", stats.prefix_hits),
-        )
-        for name, text, value in totals:
-            yield CounterMetricFamily(name, text, value)
-        paths = CounterMetricFamily(
-            "polyrex_adapter_steps", "Forward passes with adapters, by path", labels=["path"]
-        )
-        for path, count in stats.adapter_steps.items():
-            paths.add_metric([path], count)
-        yield paths
-        canaries = CounterMetricFamily(
-            "polyrex_canary_requests",
-            "Requests to tasks that have a canary, by which version answered",
-            labels=["version"],
-        )
-        for version, count in self._tasks.canary_counts.totals().items():
-            canaries.add_metric([version], count)
-        yield canaries
-
-    def _of_registry(self) -> tuple[tuple[str, str, float], ...]:
-        tasks = self._tasks
-        degraded = not tasks.database.health.ok
-        return (
-            ("polyrex_tasks", "Registered tasks", len(tasks)),
-            ("polyrex_tasks_rejected", "Task files rejected at start", len(tasks.rejected)),
-            ("polyrex_registry_revision", "Revision of the registry known here", tasks.revision),
-            (
-                "polyrex_registry_degraded",
-                "1 while the registry's database fails or cannot be followed",
-                degraded,
-            ),
-        )
+_LAG_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
 class Metrics:
     """The metrics of one application, in a Prometheus registry of their own."""
 
-    def __init__(self, engine: Engine, tasks: TaskRegistry, gate: Gate) -> None:
-        self._registry = CollectorRegistry()
-        self._registry.register(_Snapshot(engine, tasks, gate))
+    def __init__(
+        self, model: str, engine: Engine, tasks: TaskRegistry, places: Places, readiness: Readiness
+    ) -> None:
+        """`model` is the base model's id."""
+        self._registry = registry = CollectorRegistry()
+        self._usage = Usage()
+        registry.register(Snapshot(model, engine, tasks, places, readiness, self._usage))
+        registry.register(self._usage)
+        self._completions = CompletionMetrics(model, registry)
         self.http_requests = Counter(
             "polyrex_http_requests",
             "HTTP requests answered",
             ("method", "route", "status"),
-            registry=self._registry,
+            registry=registry,
         )
-        self.first_token = Histogram(
-            "vllm:time_to_first_token_seconds",
-            "From admission to a completion's first token",
-            buckets=_SECONDS,
-            registry=self._registry,
+        self.errors = Counter(
+            "polyrex_errors", "Errors answered, by their code", ("code",), registry=registry
         )
-        self.latency = Histogram(
-            "vllm:e2e_request_latency_seconds",
-            "From admission to the end of a request",
-            buckets=_SECONDS,
-            registry=self._registry,
+        self.loop_lag = Histogram(
+            "polyrex_loop_lag_seconds",
+            "How late the event loop is",
+            buckets=_LAG_SECONDS,
+            registry=registry,
         )
-        self.finished = Counter(
-            "vllm:request_success",
-            "Completions finished",
-            ("finished_reason",),
-            registry=self._registry,
+        self.connections = Gauge("polyrex_connections", "Open connections", registry=registry)
+        self.connections_closed = Counter(
+            "polyrex_connections_closed",
+            "Connections that the server closed, by reason",
+            ("reason",),
+            registry=registry,
         )
+
+    def admitted(self, waited: float) -> None:
+        """Record that the request under way got a place in the engine, after so many seconds."""
+        self._completions.queue.observe(waited)
+        trace = current_request().trace
+        if trace is not None:
+            trace.queued(waited)
+
+    def completion(self, received: float, prompt_tokens: int) -> CompletionTimes:
+        """Time a completion of a request that was received then (time.perf_counter)."""
+        return CompletionTimes(self._completions, received, prompt_tokens)
+
+    def finished(self, request: RequestRecord) -> None:
+        """Count a request that is over by its tenant, its task and its error."""
+        if request.error is not None:
+            self.errors.labels(request.error).inc()
+        self._usage.add(request)
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""

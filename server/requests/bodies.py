@@ -26,6 +26,10 @@ from polyrex.adapters.rows import Row, parse_row
 MAX_CHOICES = 8
 MAX_LOGPROBS = 20
 MAX_PROMPTS = 32
+MAX_MESSAGES = 1024
+MAX_PARTS = 1024
+MAX_NAME = 256
+MAX_INTEGER = 2**31  # of token ids and numbers of tokens
 
 
 def _encodable(text: str) -> str:
@@ -38,14 +42,18 @@ def _encodable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Name = Annotated[Text, Field(max_length=MAX_NAME)]
+TokenId = Annotated[int, Field(ge=0, lt=MAX_INTEGER)]
+# A list stops at its first bad item: the errors of all of them would take seconds.
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 StopString = Annotated[Text, Field(min_length=1, max_length=256)]
-Prompt = (
-    Text
-    | TokenIds
-    | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
-    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
-)
+Prompts = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
+Prompt = Text | TokenIds | Annotated[list[Text], Prompts] | Annotated[list[TokenIds], Prompts]
+
+
+def _none_of(kind: type[list[Any]] | type[dict[str, Any]]) -> Any:
+    # A default that could be changed would be copied for every request, at several microseconds.
+    return Field(default_factory=kind, json_schema_extra={"default": kind()})
 
 
 class Wire(BaseModel):
@@ -56,7 +64,7 @@ class Wire(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_not_given(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
+        if not isinstance(body, dict) or None not in body.values():
             return body
         return {k: v for k, v in body.items() if v is not None or k not in cls.model_fields}
 
@@ -66,7 +74,7 @@ class OnlyNeutral(Wire):
 
     presence_penalty: Annotated[float, Field(ge=0, le=0)] = 0
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] = 0
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] = {}
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] = _none_of(dict)
 
 
 class StreamOptions(Wire):
@@ -78,8 +86,8 @@ class StreamOptions(Wire):
 class Sampling(OnlyNeutral):
     """The fields that completions and chat completions share."""
 
-    model: Text | None = Field(None, description="the base model's id, or a task's name")
-    task: Text | None = Field(
+    model: Name | None = Field(None, description="the base model's id, or a task's name")
+    task: Name | None = Field(
         None, description="the task that answers; without one, the base model"
     )
     intuition: Literal["prompt"] | None = Field(
@@ -88,15 +96,17 @@ class Sampling(OnlyNeutral):
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] = []
+    stop: StopString | Annotated[list[StopString], Field(max_length=4, fail_fast=True)] = _none_of(
+        list
+    )
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
     ignore_eos: bool = Field(False, description="continue past the end-of-sequence token")
-    cache_salt: Annotated[Text, Field(min_length=1, max_length=256)] | None = Field(
+    cache_salt: Annotated[Name, Field(min_length=1)] | None = Field(
         None, description="only requests with the same salt share cached prefixes with this one"
     )
-    user: Text | None = Field(
+    user: Name | None = Field(
         None, description="the same user gets the same version of a task with a canary"
     )
 
@@ -121,7 +131,7 @@ class CompletionRequest(Sampling):
     """The body of POST /v1/completions."""
 
     prompt: Prompt
-    max_tokens: Annotated[int, Field(ge=0)] = 16
+    max_tokens: Annotated[int, Field(ge=0, lt=MAX_INTEGER)] = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool = False
     best_of: Annotated[int, Field(ge=1, le=1)] = 1
@@ -157,8 +167,10 @@ class Message(Wire):
     """One turn of a chat."""
 
     role: Literal["system", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
-    name: Text | None = Field(None, description="accepted, and not used")
+    content: (
+        Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
+    )
+    name: Name | None = Field(None, description="accepted, and not used")
 
     @property
     def text(self) -> str:
@@ -171,9 +183,9 @@ class Message(Wire):
 class ChatCompletionRequest(Sampling):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    max_tokens: Annotated[int, Field(ge=1, lt=MAX_INTEGER)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=MAX_INTEGER)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
@@ -204,7 +216,7 @@ class RouterBody(Wire):
 class NewTask(RouterBody):
     """The JSON body of POST /v1/tasks."""
 
-    name: Text
+    name: Name
 
 
 class RollBack(Wire):
@@ -231,7 +243,7 @@ class CanaryBody(Wire):
 class LoadLora(Wire):
     """The body of POST /v1/load_lora_adapter, as vLLM has it."""
 
-    lora_name: Text
+    lora_name: Name
     lora_path: Text = Field(description="a router, or a folder with one, below --lora-dir")
     load_inplace: bool = Field(False, description="give an existing task a new version")
     is_3d_lora_weight: Literal[False] = False
@@ -240,7 +252,7 @@ class LoadLora(Wire):
 class UnloadLora(Wire):
     """The body of POST /v1/unload_lora_adapter, as vLLM has it."""
 
-    lora_name: Text
+    lora_name: Name
     lora_int_id: int | None = Field(None, description="accepted, and not used")
 
 

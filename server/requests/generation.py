@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from polyrex.server.engines.base import Engine, FinishReason, Token, TokenChunk
+from polyrex.server.engines.base import FinishReason, GenerationRequest, Token, TokenChunk
 from polyrex.server.errors import EngineError
-
 from polyrex.server.observability.metrics import Metrics
+from polyrex.server.observability.requests import Value, current_request
+
 from .prepare import Choice, PreparedRequest
 from .text import IncrementalDecoder, StopScanner, Tokenizer
 
@@ -41,25 +41,34 @@ class Piece:
     cached: int = 0  # tokens of the prompt that were in the engine's prefix cache
 
 
+class Generates(Protocol):
+    """An engine, or a place in one."""
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
+        """As `Engine.generate`."""
+        ...
+
+
 async def generate(
-    engine: Engine, tokenizer: Tokenizer, metrics: Metrics, prepared: PreparedRequest
+    engine: Generates, tokenizer: Tokenizer, metrics: Metrics, prepared: PreparedRequest
 ) -> AsyncGenerator[tuple[int, Piece], None]:
     """Yield the pieces of all choices as they come, each with the index of its choice.
 
     Closing the generator aborts the choices that are still running.
     """
-    start = time.perf_counter()
-    begun: set[int] = set()
+    watch = _Watch(metrics, prepared)
     streams = [_complete(engine, tokenizer, choice) for choice in prepared.choices]
-    async with aclosing(_merge(streams)) as pieces:
-        async for index, piece in pieces:
-            if index not in begun:
-                begun.add(index)
-                metrics.first_token.observe(time.perf_counter() - start)
-            if piece.finish_reason is not None:
-                metrics.finished.labels(piece.finish_reason).inc()
-            yield index, piece
-    metrics.latency.observe(time.perf_counter() - start)
+    failure: Exception | None = None
+    try:
+        async with aclosing(_merge(streams)) as pieces:
+            async for index, piece in pieces:
+                watch.piece(index, piece)
+                yield index, piece
+    except Exception as error:
+        failure = error
+        raise
+    finally:
+        watch.end(failure)
 
 
 async def collect(
@@ -74,7 +83,7 @@ async def collect(
 
 
 async def _complete(
-    engine: Engine, tokenizer: Tokenizer, choice: Choice
+    engine: Generates, tokenizer: Tokenizer, choice: Choice
 ) -> AsyncGenerator[Piece, None]:
     assembler = _Assembler(tokenizer, choice)
     async with aclosing(engine.generate(choice.request)) as chunks:
@@ -117,6 +126,60 @@ async def _merge(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _Watch:
+    """Tells metrics, logs and the trace of a request how its choices get on."""
+
+    def __init__(self, metrics: Metrics, prepared: PreparedRequest) -> None:
+        self._request = request = current_request()
+        self._times = [
+            metrics.completion(request.received, len(choice.request.prompt))
+            for choice in prepared.choices
+        ]
+        request.task = None if prepared.task is None else prepared.task.info
+        request.prompt_tokens = prepared.prompt_tokens
+        if request.trace is not None:
+            request.trace.begin_engine(_asked(prepared))
+
+    def piece(self, index: int, piece: Piece) -> None:
+        if piece.generated:
+            self._times[index].tokens(piece.generated)
+            self._request.generated_tokens += piece.generated
+        if piece.finish_reason is not None:
+            self._ended(index, piece.finish_reason)
+
+    def end(self, failure: Exception | None) -> None:
+        for index in range(len(self._times)):
+            self._ended(index, "abort" if failure is None else "error")
+        request = self._request
+        if request.trace is not None:
+            used = {
+                "gen_ai.usage.input_tokens": request.prompt_tokens,
+                "gen_ai.usage.output_tokens": request.generated_tokens,
+            }
+            request.trace.end_engine(used, None if failure is None else type(failure).__name__)
+
+    def _ended(self, index: int, reason: str) -> None:
+        times = self._times[index]
+        if times.end(reason) and self._request.trace is not None:
+            about: dict[str, Value] = {"index": index, "finish_reason": reason, **times.about()}
+            self._request.trace.completion_ended(about)
+
+
+def _asked(prepared: PreparedRequest) -> dict[str, Value]:
+    """What a trace says of a request, in OpenTelemetry's terms for generative models."""
+    sampling = prepared.choices[0].request.sampling
+    chat = prepared.id.startswith("chatcmpl")
+    return {
+        "gen_ai.operation.name": "chat" if chat else "text_completion",
+        "gen_ai.request.model": prepared.model,
+        "gen_ai.request.choice.count": len(prepared.choices),
+        "gen_ai.request.max_tokens": sampling.max_tokens,
+        "gen_ai.request.temperature": sampling.temperature,
+        "gen_ai.request.top_p": sampling.top_p,
+        "gen_ai.response.id": prepared.id,
+    }
 
 
 class _Assembler:

@@ -18,6 +18,11 @@ _CONTEXT = 4
 character that began in the prompt)."""
 _UNFINISHED = "\ufffd"
 """An unfinished UTF-8 character decodes to this: once, or once per byte, so up to three times."""
+_CHARACTERS = 8
+"""A token has fewer characters on the average, in any text that means something."""
+_LEAST_LOOK = 1 << 14  # characters
+_DOUBTFUL = 64
+"""Tokens at a cut in a text that may not be tokens of the whole text."""
 
 
 class Tokenizer:
@@ -28,31 +33,64 @@ class Tokenizer:
         self._backend = tokenizer.backend_tokenizer
         self._wrapper = tokenizer
         self.vocabulary_size = len(tokenizer)
+        added = self._backend.get_added_tokens_decoder().values()
+        self._doubtful = _DOUBTFUL + max((len(token.content) for token in added), default=0)
 
-    def encode(self, text: str) -> list[int]:
-        """Encode a prompt, with the special tokens that the model expects around it."""
-        ids: list[int] = self._backend.encode(text).ids
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Encode a text, with the special tokens that the model expects around it if `special`."""
+        # A batch, of one: that lets other threads run meanwhile.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=special)
+        ids: list[int] = encoding.ids
         return ids
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Encode a chat in the model's own template, up to where the assistant answers."""
+    def exceeds(self, text: str, most: int) -> bool:
+        """Whether a text certainly has more than `most` tokens, without encoding much more of it.
+
+        Never true of a text that has no more. False may be wrong, where a single word is as long as
+        thousands of tokens.
+        """
+        size = ordinary_length(most)
+        while size < len(text):
+            if self._certain(text[:size]) > most:
+                return True
+            size *= 4
+        return False
+
+    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
+        """A chat in the model's own template, up to where the assistant answers."""
         try:
             text = self._wrapper.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True
             )
         except TemplateError as error:
             raise InvalidRequest(
-                f"the chat template refuses these messages: {error}", "messages"
+                f"the chat template refuses these messages: {error!s:.200}", "messages"
             ) from error
         except ValueError as error:
             raise InvalidRequest("the base model has no chat template", "messages") from error
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        return ids
+        assert isinstance(text, str)
+        return text
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Decode token ids; special tokens are left out unless asked for."""
         text: str = self._backend.decode(ids, skip_special_tokens=not special)
         return text
+
+    def _certain(self, begin: str) -> int:
+        """How many tokens a text has at least that begins like this.
+
+        Tokenizers split a text into words, from its beginning on, before they look for tokens. So
+        all words but the last are those of the whole text: that one may go on, and a little more
+        may depend on what follows, such as white space, or what begins like an added token.
+        """
+        (encoding,) = self._backend.encode_batch([begin], add_special_tokens=False)
+        words = encoding.word_ids
+        return len(words) - words.count(words[-1]) - self._doubtful if words else 0
+
+
+def ordinary_length(tokens: int) -> int:
+    """Characters of a text that may well have so many tokens; a longer one probably has more."""
+    return max(_LEAST_LOOK, _CHARACTERS * tokens)
 
 
 class IncrementalDecoder:

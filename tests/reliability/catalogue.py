@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from support.reliability.planted import (
@@ -18,6 +16,8 @@ from support.reliability.planted import (
     UNPINNED,
 )
 
+from .fuzz.planted import GULLIBLE, ODD_HEADER, ODD_QUERY, SILENT, UNDECLARED
+from .fuzz.proofs import fuzzed_document, fuzzed_parsers, fuzzed_sockets
 from .ground import Ground
 from .proofs.borrowed import access, prefix_cache, ray
 from .proofs.faults import disk_faults
@@ -25,25 +25,12 @@ from .proofs.history import history
 from .proofs.kills import kills
 from .proofs.many_tasks import SAMPLES, SIZES, TIMES, many_tasks
 from .proofs.one_killed import one_killed
+from .proofs.proof import Proof, Prove
+from .proofs.stress.catalogue import STRESS
 from .proofs.tenants import cached_prefixes, guesses, times_of_prefixes
 from .proofs.two_servers import two_servers
 from .proofs.updates import updates
 from .result import Result
-
-Prove = Callable[[Ground], Result]
-
-
-@dataclass(frozen=True)
-class Proof:
-    """One goal: `full` must pass, and `planted`, which has the defect, must not.
-
-    `finds`: the figures that must then miss their limits, or the tests that must fail.
-    """
-
-    full: Prove
-    planted: Prove
-    defect: str
-    finds: Sequence[str]
 
 
 def _kills(kind: str, killed: int, acknowledged: int, *defects: str) -> Prove:
@@ -220,5 +207,25 @@ PROOFS = {
         "the newest task is lost when the replica is killed",
         ["test_a_killed_replica_takes_nothing_with_it_but_what_ran_on_it"],
     ),
+    "fuzz-document": Proof(
+        partial(fuzzed_document, cases=100_000, examples=300),
+        lambda ground: fuzzed_document(ground, ODD_QUERY, UNDECLARED, cases=1000, examples=1),
+        "a 500 for one odd query, and a status that the document does not know",
+        ["5xx and requests without an answer", "statuses that are not declared"],
+    ),
+    "fuzz-sockets": Proof(
+        partial(fuzzed_sockets, count=20_000),
+        lambda ground: fuzzed_sockets(ground, ODD_HEADER, SILENT, GULLIBLE, count=1000),
+        "a 500 for a header that is not ASCII, no answer to TRACE, and a Host with a"
+        " slash that opens every route",
+        ["5xx", "hangs", "let in without a key"],
+    ),
+    "fuzz-parsers": Proof(
+        partial(fuzzed_parsers, executions=2_000_000),
+        partial(fuzzed_parsers, executions=100_000, planted=True),
+        "a KeyError for inputs with a character DEL",
+        ["errors that are not declared"],
+    ),
+    **STRESS,
 }
 """Name -> proof, in the order in which they run."""

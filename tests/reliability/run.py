@@ -22,8 +22,9 @@ from typing import Any
 
 from bench.harness import machine
 from polyrex.training.records import write_record
-from reliability.catalogue import PROOFS, Proof
+from reliability.catalogue import PROOFS
 from reliability.ground import Ground, prepared
+from reliability.proofs.proof import Proof
 
 RESULTS = Path(__file__).parents[1] / "results" / "reliability.json"
 

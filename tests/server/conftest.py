@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from polyrex.adapters.files.inventory import Inventory
 from support.fake_server import FakeEngine, Serve, Served, serving
+from support.fits.scripted import Play, player
+from support.random_inventory import MakeRouter
 
 
 @pytest.fixture
@@ -35,3 +37,9 @@ def serve(
 def served(serve: Serve) -> Served:
     """A server with a fake engine that behaves."""
     return serve()
+
+
+@pytest.fixture
+def play(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, make_router: MakeRouter) -> Play:
+    """Lets a script play the worker of a fit."""
+    return player(monkeypatch, tmp_path, make_router(1))

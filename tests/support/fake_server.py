@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import uvicorn
 from transformers import PreTrainedTokenizerBase
 
 from polyrex.adapters.files.inventory import Inventory
@@ -20,7 +19,8 @@ from polyrex.server.config import ServerConfig
 from polyrex.server.engines.base import EngineStats, GenerationRequest, Token, TokenChunk
 from polyrex.server.errors import EngineStopped
 from polyrex.server.http.app import create_app
-from polyrex.server.launch.process import bind, uvicorn_config
+from polyrex.server.launch.process import Server, bind
+from polyrex.server.observability.tracing import Traces
 from polyrex.server.registry.database import Database
 from polyrex.server.registry.registry import TaskRegistry
 from polyrex.server.requests.prompt_routing import PromptIntuition
@@ -32,6 +32,7 @@ class FakeEngine:
 
     reply: tuple[int, ...] = (28, 29, 30)
     context_length: int = 256
+    most_running: int = 256
     eos: bool = False  # end after one reply, with "stop"
     failure: Exception | None = None  # raised after two tokens, or at start
     hang: bool = False  # after two tokens, until the request is aborted
@@ -111,6 +112,12 @@ class Served:
     engine: FakeEngine
     tasks_folder: Path
     registry: TaskRegistry
+    server: Server
+
+    @property
+    def port(self) -> int:
+        """Where it listens on 127.0.0.1."""
+        return self.client.base_url.port or 0
 
     def complete(self, **body: object) -> httpx.Response:
         """POST /v1/completions."""
@@ -127,14 +134,15 @@ def serving(
     tokenizer: PreTrainedTokenizerBase,
     engine: FakeEngine,
     intuition: PromptIntuition | None = None,
+    traces: Traces | None = None,
     **changes: Any,
 ) -> Iterator[Served]:
     """Run a server while the context lasts; `changes` are fields of ServerConfig."""
     registry = TaskRegistry(Database(f"sqlite:///{folder / 'registry.db'}"), inventory)
-    config = replace(ServerConfig(model="base"), drain_seconds=1, **changes)
-    app = create_app(config, engine, registry, tokenizer, intuition)
+    config = replace(ServerConfig(model="base"), **{"drain_seconds": 1.0} | changes)
+    app = create_app(config, engine, registry, tokenizer, intuition, traces)
     listener = bind(config.host, 0)
-    server = uvicorn.Server(uvicorn_config(app, config))
+    server = Server(app, config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -143,7 +151,7 @@ def serving(
         try:
             while engine.start_delay is None and not settled.is_set():
                 client.get("/livez")
-            yield Served(url, client, engine, folder, registry)
+            yield Served(url, client, engine, folder, registry, server)
         finally:
             server.should_exit = True
             client.close()

@@ -27,14 +27,25 @@ ROWS = [{"input": f"thing {n}", "answer": COLOURS[n % 3], "options": COLOURS} fo
 
 def run_worker(job: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
     """The worker's status and its events."""
-    done = subprocess.run(
+    with started(job) as worker:
+        assert worker.stdout is not None
+        events = [json.loads(line) for line in worker.stdout]
+    return worker.returncode, events
+
+
+def started(job: dict[str, Any]) -> subprocess.Popen[str]:
+    """A worker that has been told its job; its stdin is open."""
+    worker = subprocess.Popen(
         [sys.executable, "-P", "-m", "polyrex.training.fit_worker"],
-        input=json.dumps(job),
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
         text=True,
-        check=False,
     )
-    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
+    assert worker.stdin is not None
+    worker.stdin.write(json.dumps(job) + "\n")
+    worker.stdin.flush()
+    return worker
 
 
 def job(inventory: Inventory, base: Path, out: Path, **changes: Any) -> dict[str, Any]:
@@ -72,6 +83,20 @@ def test_worker_tells_every_step_and_writes_the_router(
     assert router.metadata.task == "colours"
     assert router.metadata.scores["held_out"] | {"event": "scored"} == events[-1]
     assert router.metadata.provenance["rows"] == 9
+
+
+def test_worker_ends_when_nobody_wants_its_result_any_more(
+    inventory: Inventory, tiny_base: Path, tmp_path: Path
+) -> None:
+    many = [ROWS[number % len(ROWS)] for number in range(1024)]
+    with started(job(inventory, tiny_base, tmp_path / "router", rows=many)) as worker:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        assert json.loads(worker.stdout.readline())["event"] == "started"
+        worker.stdin.close()
+        assert "scored" not in worker.stdout.read()
+    assert worker.returncode == 1
+    assert not (tmp_path / "router").exists()
 
 
 def test_worker_needs_no_optional_package() -> None:

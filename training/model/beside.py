@@ -45,7 +45,9 @@ def weight_bytes(base: str, dtype: torch.dtype) -> int:
     """The bytes of a base model's weights in `dtype`, from its config alone."""
     config = AutoConfig.from_pretrained(resolve_base(base), trust_remote_code=False)
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, trust_remote_code=False
+        )
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from urllib.parse import quote
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 from rich.console import Console
 from rich.table import Table
 
@@ -23,6 +24,7 @@ def _check_limit(_hint: object, limit: str | None) -> None:
 
 
 Limit = Annotated[str | None, Parameter(validator=_check_limit)]
+Weight = Annotated[int | None, Parameter(validator=Number(gte=1, lte=1000))]
 
 app = group("tenants", "Create, list and change the tenants of a running server.")
 command = app.meta
@@ -42,6 +44,8 @@ class Limits:
     """Most tokens of prompts and completions in a minute, on each server."""
     concurrent: Limit = None
     """Most completions under way at once, on each server."""
+    weight: Weight = None
+    """The tenant's part of the engine where others want it too; 1 for those that have none."""
 
     def changes(self) -> dict[str, int | None]:
         """The quotas that were given, as the server reads them."""

@@ -61,6 +61,7 @@ class EmbeddedEngine:
     def __init__(self, adapted: AdaptedModel, inventory: Inventory, config: EmbeddedConfig) -> None:
         """`adapted` has the inventory's experts. Raises StartError if the sizes cannot work."""
         self._inventory = inventory
+        self._most_running = config.max_running
         device = next(adapted.model.parameters()).device
         record = CudaGraphs() if config.cuda_graphs and device.type == "cuda" else None
         self._runner = ModelRunner(adapted, inventory, config, record)
@@ -71,6 +72,10 @@ class EmbeddedEngine:
     @property
     def context_length(self) -> int:
         return self._runner.context_length
+
+    @property
+    def most_running(self) -> int:
+        return self._most_running
 
     async def start(self) -> None:
         self._down = None

@@ -7,6 +7,7 @@ TaskRouting sets their routing, PagedCache plans their attention -> one forward 
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -18,12 +19,12 @@ from polyrex.adapters.files.inventory import Inventory
 from polyrex.adapters.model.attach import AdaptedModel
 from polyrex.server.config import EmbeddedConfig
 from polyrex.server.engines.base import EngineStats, Token, TokenChunk
-from polyrex.server.errors import EngineError, StartError
+from polyrex.server.errors import EngineError, EngineOutOfMemory, StartError
 
 from .batch import Batch
 from .decode_steps import DecodeSteps, Record, rounded
 from .generation import Generation, Outcome
-from .paged_cache import PagedCache, attention_kernels, use_paged_attention
+from .paged_cache import PagedCache, Span, attention_kernels, use_paged_attention
 from .prefix_cache import BLOCK
 from .sampling import choose, score
 from .scheduler import Scheduler
@@ -32,6 +33,8 @@ from .task_routing import TaskRouting
 logger = logging.getLogger(__name__)
 
 Delivery = tuple[Generation, Outcome]
+
+_MOST_FAILED_STEPS = 3  # in a row
 
 
 class ModelRunner:
@@ -60,6 +63,7 @@ class ModelRunner:
         capacity = config.kv_cache_tokens // BLOCK * BLOCK
         self.context_length = min(int(model_config.max_position_embeddings), capacity)
         self.vocabulary = int(model_config.vocab_size)
+        self._blocks = capacity // BLOCK
         self._model = model
         self._device = weight.device
         self._eos = _eos_tokens(model)
@@ -74,6 +78,7 @@ class ModelRunner:
         self._deliveries: list[Delivery] = []
         self._steps = self._prompt_tokens = self._generated_tokens = 0
         self._prefix_queries = self._prefix_hits = 0
+        self._failed_steps = 0  # in a row
 
     @property
     def idle(self) -> bool:
@@ -93,6 +98,9 @@ class ModelRunner:
             adapter_steps=self._routing.steps,
             prefix_queries=self._prefix_queries,
             prefix_hits=self._prefix_hits,
+            kv_block_size=BLOCK,
+            kv_blocks=self._blocks,
+            preemptions=self._scheduler.preemptions,
         )
 
     def prepare(self) -> None:
@@ -120,20 +128,49 @@ class ModelRunner:
         return ready
 
     def step(self) -> None:
-        """Run one forward pass and draw the next token of every request that is ready for it."""
-        spans = self._scheduler.schedule()
-        if not spans:
-            return
-        self._steps += 1
+        """Run one forward pass and draw the next token of every request that is ready for it.
+
+        Whatever fails ends the request that it fails for, or the whole batch where that cannot be
+        told. Raises RuntimeError where step after step fails: then the fault is not in a request.
+        """
+        spans: list[Span[Generation]] = []
         try:
+            spans = self._schedule()
+            if not spans:
+                return
+            self._steps += 1
             batch = Batch.pack(spans)
             with attention_kernels(self._device):
                 logits = self._forward(batch)
+            ready, rows = self._score(batch, logits)
         except Exception as error:
-            logger.exception("a forward pass failed, and with it its %d requests", len(spans))
-            for span in spans:
-                self._end(span.request, EngineError(f"the forward pass failed: {error}"))
+            self._fail_step(spans, error)
             return
+        self._failed_steps = 0
+        self._draw(ready, rows, logits)
+
+    def _schedule(self) -> list[Span[Generation]]:
+        try:
+            return self._scheduler.schedule()
+        finally:
+            failed, self._scheduler.failed = self._scheduler.failed, []
+            for generation, error in failed:
+                self._fail(generation, error, "placing the request failed")
+
+    def _fail_step(self, spans: Sequence[Span[Generation]], error: Exception) -> None:
+        """End the requests of a batch; without one, those that may be why there is none."""
+        scheduler = self._scheduler
+        doomed = [span.request for span in spans]
+        doomed = doomed or [*scheduler.running, *itertools.islice(scheduler.waiting, 1)]
+        logger.error("a step failed, and with it its %d requests", len(doomed), exc_info=error)
+        for generation in doomed:
+            self._end(generation, _told(error, "the forward pass failed"))
+        self._failed_steps += 1
+        if self._failed_steps >= _MOST_FAILED_STEPS:
+            raise RuntimeError(f"{self._failed_steps} steps in a row failed") from error
+
+    def _score(self, batch: Batch, logits: Tensor) -> tuple[list[Generation], list[int]]:
+        """Count and score what a batch has computed; who is ready to draw, from which rows."""
         ready, rows = [], []
         for span, own in zip(batch.spans, batch.rows, strict=True):
             generation = span.request
@@ -142,7 +179,7 @@ class ModelRunner:
             if own.last is not None and intact:
                 ready.append(generation)
                 rows.append(own.last)
-        self._draw(ready, logits if len(rows) == len(logits) else logits[rows])
+        return ready, rows
 
     def _forward(self, batch: Batch) -> Tensor:
         """The logits [n, vocabulary] of a batch."""
@@ -167,24 +204,27 @@ class ModelRunner:
                 alternatives = generation.request.sampling.prompt_logprobs or 0
                 generation.scores += score(logits, tokens, alternatives)
             except Exception as error:
-                self._fail(generation, error)
+                self._fail(generation, error, "scoring the prompt failed")
                 return False
         return True
 
-    def _draw(self, generations: Sequence[Generation], logits: Tensor) -> None:
+    def _draw(self, generations: Sequence[Generation], rows: Sequence[int], logits: Tensor) -> None:
         """Draw a token for each request, from its row of logits [n, vocabulary]."""
         if not generations:
             return
         chosen: Sequence[Token | Exception]
         try:
-            chosen = choose(logits, [generation.draw for generation in generations])
+            own = logits if len(rows) == len(logits) else logits[rows]
+            chosen = choose(own, [generation.draw for generation in generations])
         except Exception as error:
             chosen = [error] * len(generations)
         for generation, outcome in zip(generations, chosen, strict=True):
-            if isinstance(outcome, Exception):
-                self._fail(generation, outcome)
-            else:
+            try:
+                if isinstance(outcome, Exception):
+                    raise outcome
                 self._advance(generation, outcome)
+            except Exception as error:
+                self._fail(generation, error, "drawing the next token failed")
 
     def _advance(self, generation: Generation, token: Token) -> None:
         """Add a drawn token to its request, and deliver it."""
@@ -211,11 +251,10 @@ class ModelRunner:
             self._prefix_queries += len(generation.tokens)
             self._prefix_hits += generation.cached
 
-    def _fail(self, generation: Generation, error: Exception) -> None:
+    def _fail(self, generation: Generation, error: Exception, what: str) -> None:
         if not isinstance(error, EngineError):
             logger.error("request %s failed", generation.request.id, exc_info=error)
-            error = EngineError(f"drawing the next token failed: {error}")
-        self._end(generation, error)
+        self._end(generation, _told(error, what))
 
     def _end(self, generation: Generation, outcome: Outcome) -> None:
         self._scheduler.remove(generation)
@@ -229,3 +268,19 @@ def _eos_tokens(model: nn.Module) -> frozenset[int]:
     if tokens is None:
         return frozenset()
     return frozenset([tokens] if isinstance(tokens, int) else tokens)
+
+
+def _told(error: Exception, what: str) -> EngineError:
+    """What a request is told of an error."""
+    if isinstance(error, EngineError):
+        return error
+    if _out_of_memory(error):
+        return EngineOutOfMemory("the engine had too little memory for this step")
+    return EngineError(f"{what}: {error}")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # On a CPU, torch's allocator raises a RuntimeError, which its text alone tells apart.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )

@@ -20,6 +20,8 @@ _NUCLEUS_FIRST_TRY = 256  # tokens; only where they are too few is the whole voc
 _SCORED_AT_ONCE = 64  # positions, each of which takes a vocabulary of float32
 _DRAWN_AT_ONCE = 1 << 25  # logits, each of which takes 16 bytes
 _DRAWN_AT_ONCE_ON_CPU = 1 << 16  # logits: what a core's cache holds
+_COLDEST = torch.finfo(torch.float32).tiny
+"""Lower temperatures are greedy: in float32 they may be 0, which nothing can be divided by."""
 
 
 class Draw(NamedTuple):
@@ -45,7 +47,7 @@ def choose(logits: Tensor, draws: Sequence[Draw]) -> list[Token | Exception]:
     sampled = [
         _Sampled(row, sampling.temperature, sampling.top_p, _uniform(generator))
         for row, (sampling, generator) in enumerate(draws)
-        if sampling.temperature > 0
+        if sampling.temperature >= _COLDEST
     ]
     short = _sample(logits, best, tokens, sampled, _NUCLEUS_FIRST_TRY)
     found = torch.stack((best.double(), tokens.double(), short)).tolist()

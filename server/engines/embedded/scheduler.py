@@ -27,21 +27,30 @@ class Scheduler:
     def __init__(self, config: EmbeddedConfig, cache: PagedCache, slots: SlotCache) -> None:
         self.waiting: deque[Generation] = deque()
         self.running: list[Generation] = []
+        self.failed: list[tuple[Generation, Exception]] = []  # the runner takes them from here
+        self.preemptions = 0
         self._config = config
         self._cache = cache
         self._slots = slots
         self._prefixes = PrefixCache(cache.pool)
 
     def schedule(self) -> list[Span[Generation]]:
-        """The next batch: a token of every request that generates, then prompts as room allows."""
+        """The next batch: a token of every request that generates, then prompts as room allows.
+
+        A request that cannot be placed for a fault of its own leaves, and is in `failed`.
+        """
         self._admit()
         spans, budget = [], self._config.max_batch_tokens
         for generation in sorted(self.running, key=lambda one: one.pending > 1):
             if not generation.blocks or not budget:  # it had to go, for an older one's room
                 continue
-            self._adopt(generation)
-            count = min(generation.pending, budget)
-            if self._make_room(generation, generation.computed + count):
+            try:
+                count = self._count(generation, budget)
+            except Exception as error:
+                self.remove(generation)
+                self.failed.append((generation, error))
+                continue
+            if count:
                 spans.append(Span(generation, count))
                 budget -= count
         return sorted(spans, key=packing_order)
@@ -74,13 +83,26 @@ class Scheduler:
         """Let waiting requests run, as far as there are slots and blocks for them."""
         while self.waiting and len(self.running) < self._config.max_running:
             generation = self.waiting[0]
-            if not self._take_slot(generation):
-                return
-            self._adopt(generation)
-            if not self._cache.reserve(generation.blocks, len(generation.tokens)):
-                self._release(generation)
-                return
+            try:
+                if not self._place(generation):
+                    return
+            except Exception as error:
+                self.failed.append((self.waiting.popleft(), error))
+                continue
             self.running.append(self.waiting.popleft())
+
+    def _place(self, generation: Generation) -> bool:
+        """Give a request a slot and blocks; where there are none, or it fails, it holds nothing."""
+        if not self._take_slot(generation):
+            return False
+        placed = False
+        try:
+            self._adopt(generation)
+            placed = self._cache.reserve(generation.blocks, len(generation.tokens))
+        finally:
+            if not placed:
+                self._release(generation)
+        return placed
 
     def _take_slot(self, generation: Generation) -> bool:
         task = generation.request.task
@@ -92,6 +114,12 @@ class Scheduler:
         generation.slot = slot
         return True
 
+    def _count(self, generation: Generation, budget: int) -> int:
+        """How many tokens of a running request are in the next batch; it has room for them."""
+        self._adopt(generation)
+        count = min(generation.pending, budget)
+        return count if self._make_room(generation, generation.computed + count) else 0
+
     def _make_room(self, generation: Generation, tokens: int) -> bool:
         """Reserve blocks for a running request's tokens; False if it had to go back to the queue.
 
@@ -100,6 +128,7 @@ class Scheduler:
         """
         while not self._cache.reserve(generation.blocks, tokens):
             youngest = self.running.pop()
+            self.preemptions += 1
             self._release(youngest)
             self.waiting.appendleft(youngest)
             if youngest is generation:

@@ -73,6 +73,7 @@ class VllmEngine:
         if self._weights is not None:
             inventory.base.check_weights(self._weights, str(inventory.path))
         self._inventory = inventory
+        self._most_running = config.max_running
         self._arguments = _arguments(model, inventory, config, dtype)
         self._slots = SlotCache(config.slots, self._write)
         self._writes: dict[int, asyncio.Future[Any]] = {}  # by slot
@@ -90,14 +91,21 @@ class VllmEngine:
         length: int = self._started().model_config.max_model_len
         return length
 
+    @property
+    def most_running(self) -> int:
+        return self._most_running
+
     async def start(self) -> None:
         def make() -> AsyncLLM:
             return AsyncLLM.from_engine_args(self._arguments, stat_loggers=[lambda *_: self._stats])
 
         try:
-            self._engine = await asyncio.to_thread(make)
+            self._engine = engine = await asyncio.to_thread(make)
         except Exception as error:
             raise StartError(f"vLLM did not start: {error}") from error
+        cache = engine.vllm_config.cache_config
+        self._stats.kv_block_size = cache.block_size or 0
+        self._stats.kv_blocks = cache.num_gpu_blocks or 0
         if self._weights is None:  # but vLLM may have downloaded them by now
             found = await asyncio.to_thread(fingerprint, self._arguments.model)
             self._inventory.base.check_weights(found, str(self._inventory.path))
@@ -295,6 +303,8 @@ class _Stats(StatLoggerBase):  # type: ignore[misc]
         self._usage = 0.0
         self._steps = self._prompt_tokens = self._generated_tokens = 0
         self._prefix_queries = self._prefix_hits = 0
+        self._preemptions = 0
+        self.kv_block_size = self.kv_blocks = 0  # known once vLLM has started
 
     def record(self, scheduler_stats: Any, iteration_stats: Any, *_: object, **__: object) -> None:
         if scheduler_stats is not None:
@@ -307,6 +317,7 @@ class _Stats(StatLoggerBase):  # type: ignore[misc]
         if iteration_stats is not None:
             self._prompt_tokens += iteration_stats.num_prompt_tokens
             self._generated_tokens += iteration_stats.num_generation_tokens
+            self._preemptions += iteration_stats.num_preempted_reqs
 
     def log_engine_initialized(self) -> None:
         pass
@@ -323,4 +334,7 @@ class _Stats(StatLoggerBase):  # type: ignore[misc]
             generated_tokens=self._generated_tokens,
             prefix_queries=self._prefix_queries,
             prefix_hits=self._prefix_hits,
+            kv_block_size=self.kv_block_size,
+            kv_blocks=self.kv_blocks,
+            preemptions=self._preemptions,
         )

@@ -12,6 +12,7 @@ nothing, for tokens of the base model and for padding.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,8 @@ from polyrex.adapters.model.base_model import identify
 from polyrex.adapters.serving.builder import LayerBuilder
 from polyrex.adapters.serving.layers import Slice
 from polyrex.kernels.routing import RoutingTable
+from polyrex.server.engines.process.environment import ENGINE_HOST
+from polyrex.server.engines.process.parent_death import die_with_parent
 
 from .layers import PaddedContext, RoutedLayer, install, register_operator
 
@@ -40,7 +43,12 @@ CONFIG_KEY = "polyrex"
 
 
 def register() -> None:
-    """Install the operator and RouterManager; vLLM calls this in each process, even repeatedly."""
+    """Install the operator and RouterManager; vLLM calls this in each process, even repeatedly.
+
+    A process of an engine that polyrex started also ends with the one that started it.
+    """
+    if ENGINE_HOST in os.environ:
+        die_with_parent()
     register_operator()
     theirs = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
     if isinstance(theirs, _ManagerChoice):

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from polyrex.server.http.conditions import MIN_REVISION_REACHED, RegisterConditions
 from polyrex.server.http.context import Asker, Context
+from polyrex.server.http.deadlines import seconds_allowed
+from polyrex.server.http.json_body import JsonRoute
 from polyrex.server.http.responses import Json, task_shape
 from polyrex.server.http.streaming import EventStream
 from polyrex.server.registry.principal import Principal
@@ -17,12 +19,17 @@ from polyrex.server.registry.registration import Registered
 from polyrex.server.requests.bodies import FitRequest
 from polyrex.server.requests.fitting import Event, WantedFit
 
-router = APIRouter(prefix="/v1/tasks")
+router = APIRouter(prefix="/v1/tasks", route_class=JsonRoute)
 
 
 @router.post("/{name}/fit", dependencies=[MIN_REVISION_REACHED])
 async def fit(
-    name: str, body: FitRequest, context: Context, asker: Asker, conditions: RegisterConditions
+    name: str,
+    body: FitRequest,
+    request: Request,
+    context: Context,
+    asker: Asker,
+    conditions: RegisterConditions,
 ) -> Response:
     """Fit a router to rows, and register it if it beats the base model; streams events.
 
@@ -30,6 +37,8 @@ async def fit(
     """
     context.readiness.check()
     context.check_name(name)
+    limit = context.config.fit_seconds + context.config.request_seconds
+    request.state.lifetime.begin(seconds_allowed(request.headers, limit))
     served = context.registry.inventory.sha256
     wanted = WantedFit(asker, name, body, conditions.expected, conditions.idempotency_key)
     with ExitStack() as admitted:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
+from polyrex.server.errors import EngineRestarting
 from polyrex.server.http.context import Context
 
 router = APIRouter()
@@ -29,10 +32,14 @@ async def index(request: Request) -> Response:
 
 @router.get("/livez")
 async def livez(context: Context) -> Response:
-    """503 where only a restart helps: the engine failed to start, or is down. Else 200."""
+    """503 where only a restart helps: the engine failed to start, or is down for good. Else 200.
+
+    An engine that the server itself starts again is no reason to restart the server.
+    """
     if context.readiness.settled.is_set():
         context.readiness.check()
-        context.engine.check()
+        with suppress(EngineRestarting):
+            context.engine.check()
     return JSONResponse({"status": "alive"})
 
 

@@ -15,15 +15,15 @@ from polyrex.adapters.files.router import size_limit
 from polyrex.server.errors import Forbidden
 from polyrex.server.http.conditions import JSON_ONLY, UNCONDITIONAL, revision_headers
 from polyrex.server.http.context import AppContext, Asker, Context
-from polyrex.server.http.responses import described
+from polyrex.server.http.json_body import JsonRoute
 from polyrex.server.registry.principal import DEFAULT_TENANT, Principal
 from polyrex.server.requests.bodies import LoadLora, UnloadLora
 from polyrex.server.requests.lora_folder import read_below
 
-router = APIRouter(prefix="/v1", dependencies=[JSON_ONLY, UNCONDITIONAL])
+router = APIRouter(prefix="/v1", route_class=JsonRoute, dependencies=[JSON_ONLY, UNCONDITIONAL])
 
 
-@router.post("/load_lora_adapter", responses=described(400, 403, 404, 409, 415, 422, 503, 507))
+@router.post("/load_lora_adapter")
 async def load(body: LoadLora, context: Context, asker: Asker) -> Response:
     """Register a router from a file in the tenant's folder of --lora-dir as a task.
 
@@ -57,7 +57,7 @@ def _load(context: AppContext, asker: Principal, body: LoadLora, folder: Path) -
     return _done(context, f"Success: LoRA adapter '{name}' added successfully.")
 
 
-@router.post("/unload_lora_adapter", responses=described(400, 403, 404, 415, 503))
+@router.post("/unload_lora_adapter")
 async def unload(body: UnloadLora, context: Context, asker: Asker) -> Response:
     """Drop a task."""
     _folder(context, asker)

@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import JSONResponse, Response
 
 from polyrex.adapters.errors import UnknownTask
+from polyrex.server.admission.places import Ask
 from polyrex.server.http.conditions import MIN_REVISION_REACHED
 from polyrex.server.http.context import AppContext, Asker, Context
+from polyrex.server.http.json_body import JsonRoute
 from polyrex.server.http.responses import ChatShape, CompletionShape, Json, Shape, version_headers
 from polyrex.server.http.streaming import EventStream, until_disconnect
 from polyrex.server.registry.principal import Principal
-from polyrex.server.requests.bodies import ChatCompletionRequest, CompletionRequest, Sampling
+from polyrex.server.requests.bodies import ChatCompletionRequest, CompletionRequest
 from polyrex.server.requests.generation import collect, generate
 from polyrex.server.requests.prepare import PreparedRequest
-from polyrex.server.admission.quotas import Meter
 
-router = APIRouter(prefix="/v1", dependencies=[MIN_REVISION_REACHED])
+router = APIRouter(prefix="/v1", route_class=JsonRoute, dependencies=[MIN_REVISION_REACHED])
 
 MOST_MODELS = 10_000
 """The most models on a page of GET /v1/models, and the default."""
-
-
-@dataclass(frozen=True)
-class Admission:
-    """A request's place in the server, which it has until `held` is closed."""
-
-    asker: Principal
-    meter: Meter
-    held: ExitStack
+_BYTES_OF_TOKEN = 4  # in English, of most tokenizers
 
 
 @router.post("/completions")
@@ -41,13 +35,10 @@ async def completions(
     body: CompletionRequest, request: Request, context: Context, asker: Asker
 ) -> Response:
     """Complete one prompt or several."""
-    context.readiness.check()
-    with ExitStack() as admitted:
-        admitted.enter_context(context.gate.admit(body.completions))
-        meter = admitted.enter_context(context.quotas.admit(asker.tenant, body.completions))
-        prepared = await context.preparer.completion(body, asker)
-        admission = Admission(asker, meter, admitted)
-        return await _answer(context, request, body, prepared, CompletionShape(), admission)
+    prompts = sum(_tokens(prompt) for prompt in body.prompts)
+    ask = _ask(context, asker, body, prompts, body.max_tokens)
+    prepare = partial(context.preparer.completion, body, asker)
+    return await _answer(context, request, body, ask, prepare, CompletionShape())
 
 
 @router.post("/chat/completions")
@@ -55,33 +46,56 @@ async def chat_completions(
     body: ChatCompletionRequest, request: Request, context: Context, asker: Asker
 ) -> Response:
     """Answer a chat, in the base model's own template."""
-    context.readiness.check()
-    with ExitStack() as admitted:
-        admitted.enter_context(context.gate.admit(body.completions))
-        meter = admitted.enter_context(context.quotas.admit(asker.tenant, body.completions))
-        prepared = await context.preparer.chat(body, asker)
-        admission = Admission(asker, meter, admitted)
-        return await _answer(context, request, body, prepared, ChatShape(), admission)
+    prompt = sum(_tokens(message.text) for message in body.messages)
+    ask = _ask(context, asker, body, prompt, body.max_completion_tokens or body.max_tokens)
+    prepare = partial(context.preparer.chat, body, asker)
+    return await _answer(context, request, body, ask, prepare, ChatShape())
 
 
 async def _answer(
     context: AppContext,
     request: Request,
-    body: Sampling,
-    prepared: PreparedRequest,
+    body: CompletionRequest | ChatCompletionRequest,
+    ask: Ask,
+    prepare: Callable[[], Awaitable[PreparedRequest]],
     shape: Shape,
-    admission: Admission,
 ) -> Response:
     """Generate, whole or as a stream; a stream keeps the request admitted until it ends."""
-    admission.meter.tokens += prepared.prompt_tokens
-    generated = generate(context.engine, context.tokenizer, context.metrics, prepared)
-    pieces = admission.meter.count(generated)
-    headers = version_headers(prepared) | context.quotas.headers(admission.asker.tenant)
-    if body.stream:
-        events = shape.stream(prepared, pieces, include_usage=body.include_usage)
-        return EventStream(events, headers, admission.held.pop_all())
-    whole = await until_disconnect(request.receive, collect(pieces, len(prepared.choices)))
-    return JSONResponse(shape.whole(prepared, whole), headers=headers)
+    context.readiness.check()
+    with ExitStack() as held:
+        place = held.enter_context(context.places.admit(ask, request.state.deadline.left()))
+        place.meter = held.enter_context(context.quotas.admit(ask.tenant, ask.completions))
+        if place.waits:
+            waited = await until_disconnect(request.receive, place.wait())
+        else:
+            waited = 0.0
+        context.metrics.admitted(waited)
+        prepared = await prepare()
+        place.meter.tokens += prepared.prompt_tokens
+        generated = generate(place, context.tokenizer, context.metrics, prepared)
+        pieces = place.meter.count(generated)
+        headers = version_headers(prepared) | context.quotas.headers(ask.tenant)
+        if body.stream:
+            events = shape.stream(prepared, pieces, include_usage=body.include_usage)
+            return EventStream(events, headers, held.pop_all())
+        whole = await until_disconnect(request.receive, collect(pieces, len(prepared.choices)))
+        return JSONResponse(shape.whole(prepared, whole), headers=headers)
+
+
+def _ask(
+    context: AppContext,
+    asker: Principal,
+    body: CompletionRequest | ChatCompletionRequest,
+    prompt_tokens: float,
+    max_tokens: int | None,
+) -> Ask:
+    weight = context.directory.tenant(asker.tenant).quotas.weight or 1
+    return Ask(asker.tenant, weight, body.completions, prompt_tokens, max_tokens)
+
+
+def _tokens(prompt: str | list[int]) -> float:
+    """About how many tokens a prompt has, before it is tokenised."""
+    return len(prompt.encode()) / _BYTES_OF_TOKEN if isinstance(prompt, str) else len(prompt)
 
 
 @router.get("/models")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Body, Query, Request
-from pydantic import ValidationError
+from pydantic import TypeAdapter
 from starlette.responses import JSONResponse, Response
 
 from polyrex.server.errors import InvalidRequest, UnsupportedBody
@@ -18,19 +18,19 @@ from polyrex.server.http.conditions import (
     Conditions,
     EditCondition,
     RegisterConditions,
-    media_type,
     revision_headers,
 )
 from polyrex.server.http.context import AppContext, Asker, Context
-from polyrex.server.http.error_handlers import invalid_fields
-from polyrex.server.http.responses import Json, described, task_shape
+from polyrex.server.http.json_body import JsonRoute, media_type
+from polyrex.server.http.responses import Json, task_shape
 from polyrex.server.registry.principal import Principal
 from polyrex.server.registry.records import TaskRecord, VersionRecord
 from polyrex.server.requests.bodies import NewTask, RouterBody
 
-router = APIRouter(prefix="/v1/tasks", dependencies=[MIN_REVISION_REACHED])
+router = APIRouter(prefix="/v1/tasks", route_class=JsonRoute, dependencies=[MIN_REVISION_REACHED])
 
 TaskBody = TypeVar("TaskBody", NewTask, RouterBody)
+_NEW_TASK, _ROUTER = TypeAdapter(NewTask), TypeAdapter(RouterBody)
 LabelQuery = Annotated[
     list[str] | None, Query(description="a label as key=value; may be given several times")
 ]
@@ -50,7 +50,6 @@ def _router_body(kind: type[TaskBody]) -> dict[str, Any]:
 
 @router.post(
     "",
-    responses=described(200, 201, 400, 403, 409, 412, 415, 422, 503, 507),
     openapi_extra=_router_body(NewTask),
 )
 async def add(
@@ -71,7 +70,7 @@ async def add(
     if _is_json(request):
         if name is not None:
             raise InvalidRequest("with a JSON body, the name belongs in the body", "name")
-        task = _parse(NewTask, body, label)
+        task = await _read(context, _NEW_TASK, body, label)
         data, labels = _decoded(task.router), task.labels
         return await _register(context, asker, task.name, data, labels, conditions, replace=False)
     if name is None:
@@ -82,7 +81,6 @@ async def add(
 
 @router.put(
     "/{name}",
-    responses=described(200, 201, 400, 403, 409, 412, 415, 422, 503, 507),
     openapi_extra=_router_body(RouterBody),
 )
 async def replace(
@@ -97,14 +95,14 @@ async def replace(
     body = await request.body()
     labels = None
     if _is_json(request):
-        task = _parse(RouterBody, body, label)
+        task = await _read(context, _ROUTER, body, label)
         body, labels = _decoded(task.router), task.labels
     else:
         labels = _labels(label)
     return await _register(context, asker, name, body, labels, conditions, replace=True)
 
 
-@router.get("", responses=described(200, 400, 503))
+@router.get("")
 async def tasks(
     context: Context,
     asker: Asker,
@@ -137,7 +135,7 @@ async def tasks(
     )
 
 
-@router.get("/{name}", responses=described(200, 404, 503))
+@router.get("/{name}")
 async def task(name: str, context: Context, asker: Asker) -> Response:
     """Show one task; `name@3` or `name@alias` shows that version of it."""
     found = await context.reads.run(context.registry.find, asker, name)
@@ -147,7 +145,7 @@ async def task(name: str, context: Context, asker: Asker) -> Response:
     return show(context, asker, found, version)
 
 
-@router.delete("/{name}", responses=described(200, 404, 412, 503), dependencies=[JSON_ONLY])
+@router.delete("/{name}", dependencies=[JSON_ONLY])
 async def drop(name: str, context: Context, asker: Asker, expected: EditCondition) -> Response:
     """Drop a task; requests under way finish with it, and it can be undeleted for some days."""
     task = await context.writes.run(context.edits.drop, asker, name, expected)
@@ -155,17 +153,13 @@ async def drop(name: str, context: Context, asker: Asker, expected: EditConditio
     return JSONResponse({"name": name, "object": "task", "deleted": True}, headers=headers)
 
 
-@router.post(
-    "/{name}/undelete", responses=described(200, 403, 404, 412, 503), dependencies=[JSON_ONLY]
-)
+@router.post("/{name}/undelete", dependencies=[JSON_ONLY])
 async def undelete(name: str, context: Context, asker: Asker, expected: EditCondition) -> Response:
     """Take back a drop, with all versions, aliases, labels and shares that the task had."""
     return await edit(context, asker, context.edits.undelete, name, expected)
 
 
-@router.put(
-    "/{name}/labels", responses=described(200, 400, 404, 412, 503), dependencies=[JSON_ONLY]
-)
+@router.put("/{name}/labels", dependencies=[JSON_ONLY])
 async def label(
     name: str,
     labels: Annotated[dict[str, str], Body()],
@@ -179,7 +173,6 @@ async def label(
 
 @router.put(
     "/{name}/shared_with/{tenant}",
-    responses=described(200, 400, 404, 412, 503),
     dependencies=[JSON_ONLY],
 )
 async def share(
@@ -191,7 +184,6 @@ async def share(
 
 @router.delete(
     "/{name}/shared_with/{tenant}",
-    responses=described(200, 404, 412, 503),
     dependencies=[JSON_ONLY],
 )
 async def unshare(
@@ -265,13 +257,12 @@ def _is_json(request: Request) -> bool:
     return found == "application/json"
 
 
-def _parse(kind: type[TaskBody], body: bytes, label: Sequence[str] | None) -> TaskBody:
+async def _read(
+    context: AppContext, kind: TypeAdapter[TaskBody], body: bytes, label: Sequence[str] | None
+) -> TaskBody:
     if label:
         raise InvalidRequest("with a JSON body, the labels belong in the body", "label")
-    try:
-        return kind.model_validate_json(body)
-    except ValidationError as error:
-        raise invalid_fields(error.errors()) from error
+    return await context.bodies.read(kind, body)
 
 
 def _labels(given: Sequence[str] | None) -> dict[str, str] | None:

@@ -11,17 +11,19 @@ from starlette.responses import JSONResponse, Response
 
 from polyrex.server.http.conditions import JSON_ONLY
 from polyrex.server.http.context import Asker, Context
+from polyrex.server.http.json_body import JsonRoute
 from polyrex.server.http.responses import Json
 from polyrex.server.registry.principal import Role
 from polyrex.server.registry.tenants.records import Key, NewKey, Quotas, Tenant
 from polyrex.server.requests.bodies import Wire
 
-router = APIRouter(prefix="/v1", dependencies=[JSON_ONLY])
+router = APIRouter(prefix="/v1", route_class=JsonRoute, dependencies=[JSON_ONLY])
 
 MOST_TENANTS = 1000
 """The most tenants on a page of GET /v1/tenants."""
 
 Limit = Annotated[int, Field(ge=0, le=(1 << 53) - 1)]
+Weight = Annotated[int, Field(ge=1, le=1000)]
 Seconds = Annotated[float, Field(gt=0, le=100 * 366 * 24 * 3600)]
 
 
@@ -33,6 +35,7 @@ class QuotaChanges(Wire):
     requests_per_minute: Limit | None = None
     tokens_per_minute: Limit | None = None
     concurrent: Limit | None = None
+    weight: Weight | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -12,15 +12,20 @@ from polyrex.server.http.conditions import (
     revision_headers,
 )
 from polyrex.server.http.context import Asker, Context
-from polyrex.server.http.responses import described, version_shape
+from polyrex.server.http.json_body import JsonRoute
+from polyrex.server.http.responses import version_shape
 from polyrex.server.requests.bodies import AliasBody, CanaryBody, RollBack
 
 from .tasks import edit
 
-router = APIRouter(prefix="/v1/tasks/{name}", dependencies=[MIN_REVISION_REACHED, JSON_ONLY])
+router = APIRouter(
+    prefix="/v1/tasks/{name}",
+    route_class=JsonRoute,
+    dependencies=[MIN_REVISION_REACHED, JSON_ONLY],
+)
 
 
-@router.get("/versions", responses=described(200, 404, 503))
+@router.get("/versions")
 async def versions(name: str, context: Context, asker: Asker) -> Response:
     """List the versions of a task that are kept, in the order of their numbers."""
     found = await context.reads.run(context.registry.versions, asker, name)
@@ -28,7 +33,7 @@ async def versions(name: str, context: Context, asker: Asker) -> Response:
     return JSONResponse({"object": "list", "data": shown}, headers=revision_headers(context))
 
 
-@router.post("/rollback", responses=described(200, 400, 404, 409, 412, 503))
+@router.post("/rollback")
 async def roll_back(
     name: str, body: RollBack, context: Context, asker: Asker, expected: EditCondition
 ) -> Response:
@@ -40,7 +45,7 @@ async def roll_back(
     return await edit(context, asker, context.edits.select, name, body.version, expected)
 
 
-@router.put("/aliases/{alias}", responses=described(200, 400, 404, 412, 503))
+@router.put("/aliases/{alias}")
 async def set_alias(
     name: str,
     alias: str,
@@ -54,7 +59,7 @@ async def set_alias(
     return await edit(context, asker, change, name, alias, body.version, expected)
 
 
-@router.delete("/aliases/{alias}", responses=described(200, 404, 412, 503))
+@router.delete("/aliases/{alias}")
 async def remove_alias(
     name: str, alias: str, context: Context, asker: Asker, expected: EditCondition
 ) -> Response:
@@ -62,7 +67,7 @@ async def remove_alias(
     return await edit(context, asker, context.edits.remove_alias, name, alias, expected)
 
 
-@router.put("/canary", responses=described(200, 400, 404, 409, 412, 503))
+@router.put("/canary")
 async def set_canary(
     name: str, body: CanaryBody, context: Context, asker: Asker, expected: EditCondition
 ) -> Response:
@@ -74,7 +79,7 @@ async def set_canary(
     return await edit(context, asker, change, name, body.version, body.share, expected)
 
 
-@router.delete("/canary", responses=described(200, 404, 412, 503))
+@router.delete("/canary")
 async def remove_canary(
     name: str, context: Context, asker: Asker, expected: EditCondition
 ) -> Response:

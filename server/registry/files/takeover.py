@@ -29,6 +29,7 @@ from polyrex.server.registry.registration import Registration, check_text, versi
 from polyrex.server.registry.routers import store_router
 from polyrex.server.registry.rows import TaskRow, load_version
 from polyrex.server.registry.schema import audit, tasks, tenants, versions
+from polyrex.server.registry.storage.private import check_private
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +68,11 @@ class _Task:
 def take_over(database: Database, inventory: Inventory, folder: Path) -> Rejected:
     """Import a state folder into the default tenant; returns the files that had to stay.
 
-    They stay as they are, and their versions' numbers are not used again. Raises StorageError.
+    They stay as they are, and their versions' numbers are not used again. Raises StorageError, or
+    StartError where every user may write to the folder.
     """
+    if folder.exists():
+        check_private(folder)
     for leftover in folder.glob(f".*{PARTIAL_SUFFIX}"):
         leftover.unlink(missing_ok=True)
     rejected: Rejected = {}

@@ -17,13 +17,13 @@ from polyrex.server.errors import StartError, StorageError
 
 from .failures import OUTCOME_UNKNOWN
 from .migrate import check_schema, upgrade
+from .private import check_private
 
 APPLICATION_ID = 0x504C5852
 """Stands in the header of every registry's file: ASCII of PLXR."""
 
 _WAIT_SECONDS = 10  # for a writer in another process, such as an import
 _WRITES = "sqlite_writes"
-_OTHERS_MAY_WRITE = 0o002
 
 # A write failed: the transaction's last frame, which commits it, is not whole.
 _LOG_IS_CUT = ("SQLITE_FULL", "SQLITE_IOERR_WRITE")
@@ -121,8 +121,7 @@ def _lock(path: Path) -> int:
     """A descriptor that locks the registry against other servers while it is open."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if path.parent.stat().st_mode & _OTHERS_MAY_WRITE:
-            raise StartError(f"{path.parent}: every user may write to this folder; chmod o-w it")
+        check_private(path.parent)
         name = path.with_name(path.name + ".lock")
         descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:

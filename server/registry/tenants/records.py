@@ -22,6 +22,8 @@ class Quotas:
     """Tokens of prompts and of completions."""
     concurrent: int | None = None
     """Completions under way."""
+    weight: int | None = None
+    """No limit, but the tenant's part of the engine where others want it too; 1 if None."""
 
     @classmethod
     def read(cls, stored: Mapping[str, int]) -> Quotas:

@@ -103,7 +103,7 @@ async def _conversation(engine: EmbeddedEngine, subject: Subject, topic: str) ->
     for turn in range(CHAT_TURNS):
         question = f"Question {turn + 1}: what should a beginner know about {topic}, and why?"
         messages.append({"role": "user", "content": question})
-        prompts.append(tuple(subject.tokenizer.encode_chat(messages)))
+        prompts.append(encoded(subject, messages))
         found = await first_token(engine, prompts[-1], ANSWER_TOKENS, subject.task)
         text = subject.tokenizer.decode(found.tokens)
         messages.append({"role": "assistant", "content": text})
@@ -115,13 +115,18 @@ def questions(subject: Subject) -> list[Prompt]:
     rules = subject.tokenizer.encode("".join(RULES * 8))[:SYSTEM_TOKENS]
     system = {"role": "system", "content": subject.tokenizer.decode(rules)}
     return [
-        tuple(
-            subject.tokenizer.encode_chat(
-                [system, {"role": "user", "content": f"Where is parcel number {17 * number}?"}]
-            )
+        encoded(
+            subject,
+            [system, {"role": "user", "content": f"Where is parcel number {17 * number}?"}],
         )
         for number in range(QUESTIONS)
     ]
+
+
+def encoded(subject: Subject, messages: list[dict[str, str]]) -> Prompt:
+    """A chat in the model's own template."""
+    text = subject.tokenizer.render_chat(messages)
+    return tuple(subject.tokenizer.encode(text, special=False))
 
 
 @dataclass(frozen=True)

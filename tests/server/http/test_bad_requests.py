@@ -87,6 +87,19 @@ def check_refused(served: Served, path: str, body: Any, status: int, *words: str
         ({"best_of": 2}, "best_of"),
         ({"suffix": "x"}, "suffix"),
         ({"model": 3}, "model"),
+        ({"model": "x" * 257}, "model"),
+        ({"task": "x" * 257}, "task"),
+        ({"user": "x" * 257}, "user"),
+        ({"cache_salt": "x" * 257}, "cache_salt"),
+        ({"max_tokens": 10**30}, "max_tokens"),
+        ({"prompt": [2**31]}, "prompt"),
+        ({"prompt": "x " * 400_000}, "more than 240 tokens"),
+        ({"n": 10**9}, "n"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"min_tokens": 3}, "min_tokens"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs"),
+        ({"kv_transfer_params": {}}, "kv_transfer_params"),
+        ({"request_id": "x"}, "request_id"),
     ],
 )
 def test_a_bad_field_of_a_completion_is_400(
@@ -108,6 +121,10 @@ def test_a_bad_field_of_a_completion_is_400(
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"max_tokens": 1, "max_completion_tokens": 1}, "max_completion_tokens"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 10**30}, "max_tokens"),
+        ({"messages": [{"role": "user", "content": "x " * 400_000}]}, "more than 255 tokens"),
+        ({"messages": [{"role": "user", "content": "x"}] * 1025}, "messages"),
+        ({"messages": [{"role": "user", "content": "x", "name": "x" * 257}]}, "messages"),
     ],
 )
 def test_a_bad_field_of_a_chat_is_400(served: Served, fields: dict[str, Any], word: str) -> None:
@@ -123,6 +140,7 @@ def test_a_bad_field_of_a_chat_is_400(served: Served, fields: dict[str, Any], wo
         b'"text"',
         b"\xff\xfe\xfa",
         b'{"prompt": "\\ud800"}',
+        b'{"prompt": "x", "prompt": "x"}',
         b'{"prompt": "x", "temperature": NaN}',
         b'{"prompt": "x", "temperature": Infinity}',
         b'{"prompt": "x", "temperature": 1e999}',
@@ -195,14 +213,6 @@ def test_oversized_headers_are_431(served: Served, headers: dict[str, str]) -> N
     assert served.complete().status_code == 200
 
 
-def test_a_body_that_is_not_declared_as_json_is_refused(served: Served) -> None:
-    response = served.client.post(
-        "/v1/completions", content=b'{"prompt": "x"}', headers={"content-type": "text/plain"}
-    )
-    assert response.status_code == 400
-    assert served.engine.requests == []
-
-
 @pytest.mark.parametrize("name", ["base", "default:base", "other:base"])
 def test_no_task_takes_the_base_models_name(
     served: Served, make_router: MakeRouter, name: str
@@ -221,3 +231,42 @@ def test_no_task_takes_the_base_models_name(
         f"'{name}' is the base model's name",
         "name",
     )
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300])
+def test_a_temperature_near_zero_is_taken(served: Served, temperature: float) -> None:
+    assert served.complete(temperature=temperature).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": "x", "k" * 1_000_000: 1},
+        {"prompt": "x", "stop": ["x" * 1_000_000]},
+        {"prompt": "x", "model": "x" * 1_000_000},
+        {"prompt": [[7] * 100_000 + ["x" * 100_000]]},
+        {"prompt": "x", "stream_options": {"k" * 1_000_000: 1}},
+    ],
+    ids=lambda body: str(list(body))[:40],
+)
+def test_an_error_is_short_whatever_the_body(served: Served, body: Any) -> None:
+    error = served.client.post("/v1/completions", json=body).json()["error"]
+    assert len(error["message"]) <= 300
+    assert len(error["param"]) <= 80
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [7],
+        [{"role": "user", "content": [7]}],
+        [{"role": "user", "content": [{"type": "text", "text": "x", "k": 1}]}],
+        [{"role": "user", "content": {}}],
+    ],
+)
+def test_an_error_names_nothing_of_the_code(served: Served, messages: Any) -> None:
+    response = served.client.post("/v1/chat/completions", json={"messages": messages})
+    message = response.json()["error"]["message"]
+    assert message.startswith(("messages: ", "unknown field 'messages."))
+    for word in ("Message", "TextPart", "constrained", "function", "list["):
+        assert word not in message

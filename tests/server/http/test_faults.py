@@ -135,11 +135,12 @@ def test_neither_alive_nor_ready_when_the_engine_is_down(served: Served) -> None
 def test_metrics_count_requests_without_labels_of_the_clients_making(served: Served) -> None:
     served.complete(task="no-such-task")
     served.complete(max_tokens=2)
-    served.client.request("BREW", "/made/up/path")
+    served.client.request("PROPFIND", "/made/up/path")
     text = served.client.get("/metrics").text
-    assert 'vllm:request_success_total{finished_reason="length"} 1.0' in text
-    assert "vllm:num_requests_waiting 0.0" in text
-    assert "vllm:prompt_tokens_total 11.0" in text
+    labels = 'engine="0",finished_reason="length",model_name="base"'
+    assert f"vllm:request_success_total{{{labels}}} 1.0" in text
+    assert 'vllm:num_requests_waiting{engine="0",model_name="base"} 0.0' in text
+    assert 'vllm:prompt_tokens_total{engine="0",model_name="base"} 11.0' in text
     assert 'polyrex_adapter_steps_total{path="composed"} 5.0' in text
     assert 'polyrex_http_requests_total{method="other",route="none",status="404"} 1.0' in text
     assert "no-such-task" not in text

@@ -7,19 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import psutil
 import pytest
 
-from polyrex.server.requests import fitting
 from support.command_line import Finished, polyrex
 from support.fake_server import Serve, Served
+from support.fits.scripted import (
+    BODY,
+    PATH,
+    ROWS,
+    SCORED,
+    Play,
+    events_of,
+    fit,
+    fit_if,
+    until,
+)
 from support.registry.waiting import transactions_that_wait
 from support.tenants.identities import (
     OPERATOR_DIGESTS,
@@ -33,60 +40,6 @@ from .test_faults import eventually
 
 if TYPE_CHECKING:
     from support.random_inventory import MakeRouter
-
-ROWS = [{"input": f"thing {n}", "answer": "yes", "options": ["yes", "no"]} for n in range(8)]
-BODY = {"instruction": "Is it?", "rows": ROWS}
-SCORED = {
-    "event": "scored",
-    "metric": "rank_classification_accuracy",
-    "rows": 2,
-    "base": 0.25,
-    "adapted": 0.5,
-    "standard_error": 0.1,
-}
-
-Play = Callable[..., None]
-
-
-@pytest.fixture
-def play(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, make_router: MakeRouter) -> Play:
-    """Let a script play the worker: `play(events..., router=b"", ending="")`."""
-
-    def make(*events: dict[str, Any], router: bytes | None = None, ending: str = "") -> None:
-        (tmp_path / "router").write_bytes(make_router(1) if router is None else router)
-        script = (
-            "import json, os, sys, time, shutil\n"
-            f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
-            "job = json.loads(sys.stdin.read())\n"
-            f"open({str(tmp_path / 'job.json')!r}, 'w').write(json.dumps(job))\n"
-            f"shutil.copy({str(tmp_path / 'router')!r}, job['out'])\n"
-            f"for event in {list(events)!r}:\n"
-            "    print(json.dumps(event), flush=True)\n"
-            f"{ending}\n"
-        )
-        monkeypatch.setattr(fitting, "COMMAND", (sys.executable, "-c", script))
-
-    return make
-
-
-def events_of(response: httpx.Response) -> list[dict[str, Any]]:
-    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
-    return [json.loads(line) for line in lines if line != "[DONE]"]
-
-
-PATH = "/v1/tasks/fitted/fit"
-
-
-def fit_if(
-    served: Served, name: str = "fitted", *, replace: bool = False, **headers: str
-) -> httpx.Response:
-    sent = {key.replace("_", "-"): value for key, value in headers.items()}
-    body = BODY | {"replace": replace}
-    return served.client.post(f"/v1/tasks/{name}/fit", json=body, headers=sent)
-
-
-def fit(served: Served, name: str = "fitted", **changes: Any) -> httpx.Response:
-    return served.client.post(f"/v1/tasks/{name}/fit", json=BODY | changes)
 
 
 def test_fitted_task_is_registered_where_it_beats_the_base(served: Served, play: Play) -> None:
@@ -180,11 +133,6 @@ def test_a_condition_that_does_not_hold_is_told_before_the_fit(served: Served, p
         )
     last = events_of(fit_if(served, replace=True, if_match=etag))[-1]
     assert last["event"] == "registered"
-
-
-def until(go: Path) -> str:
-    """What a worker runs at its end so that it waits for a file."""
-    return f"while not os.path.exists({str(go)!r}): time.sleep(0.01)"
 
 
 def test_a_condition_that_holds_no_more_after_the_fit_refuses_its_router(

@@ -15,7 +15,10 @@ import pytest
 from polyrex.adapters.files.bundle import Bundle
 from polyrex.adapters.files.inventory import read_inventory
 from polyrex.server.config import RegistryConfig
+from polyrex.server.errors import StartError
 from polyrex.server.launch.loading import open_registry
+from polyrex.server.registry.database import Database
+from polyrex.server.registry.files.takeover import take_over
 from polyrex.server.registry.principal import OPERATOR
 from polyrex.server.registry.registry import TaskRegistry
 
@@ -76,3 +79,21 @@ def test_state_folder_without_one_of_its_files_is_another_state(lost: str, tmp_p
     (state / lost).unlink()
     with taken_over(state) as (tasks, _):
         assert tasks != EXPECTED["state"]["tasks"]
+
+
+def test_a_folder_that_everybody_may_write_to_is_not_believed(
+    tmp_path: Path, postgres_url: str
+) -> None:
+    """Wherever the registry lies."""
+    state = Path(shutil.copytree(OLD / "state", tmp_path / "state"))
+    bundle = Bundle(read_inventory(POLY))
+    state.chmod(0o777)
+    for url in (f"sqlite:///{tmp_path}/elsewhere.db", postgres_url):
+        with (
+            closing(Database(url)) as database,
+            pytest.raises(StartError, match=r"state: every user may write to this folder"),
+        ):
+            take_over(database, bundle.inventory, state)
+    state.chmod(0o700)
+    with closing(open_registry(RegistryConfig(url=postgres_url), state, bundle)) as registry:
+        assert len(registry) == len(EXPECTED["state"]["tasks"])

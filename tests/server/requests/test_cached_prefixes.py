@@ -158,5 +158,6 @@ def test_metrics_count_what_was_looked_up_and_found(serve: Serve) -> None:
             return replace(super().stats(), prefix_queries=40, prefix_hits=32)
 
     text = serve(Counting()).client.get("/metrics").text
-    assert "vllm:prefix_cache_queries_total 40.0" in text
-    assert "vllm:prefix_cache_hits_total 32.0" in text
+    labels = 'engine="0",model_name="base"'
+    assert f"vllm:prefix_cache_queries_total{{{labels}}} 40.0" in text
+    assert f"vllm:prefix_cache_hits_total{{{labels}}} 32.0" in text

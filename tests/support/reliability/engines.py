@@ -18,6 +18,7 @@ class EchoEngine:
     """Answers with the first digits of the sha256 of the pinned router: token n is the digit n."""
 
     context_length = 256
+    most_running = 256
 
     async def start(self) -> None:
         """Nothing has to be loaded."""
@@ -50,6 +51,11 @@ class UnpinnedEngine:
     def context_length(self) -> int:
         """The engine's own."""
         return self.engine.context_length
+
+    @property
+    def most_running(self) -> int:
+        """The engine's own."""
+        return self.engine.most_running
 
     async def start(self) -> None:
         """Start the engine."""

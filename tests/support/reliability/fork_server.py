@@ -12,15 +12,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from .client import LOST, Client
 from .small_base import SmallBase, quiet_threads
+from .stress.probe import Probe, ask_probe
 
 TESTS = Path(__file__).parents[2]
 SECONDS = 120
@@ -63,10 +64,23 @@ class Forked:
         poll.register(self._handle, select.POLLIN)
         return bool(poll.poll(timeout * 1000))
 
+    def probe(self) -> Probe:
+        """What it has open."""
+        return ask_probe(self.pid, self.output.with_suffix(".probe"))
+
+    def status(self) -> int | None:
+        """The exit status that it came to by itself; None where it was killed, or runs."""
+        path = self.output.with_suffix(".status")
+        return int(path.read_text()) if path.exists() else None
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal, and do not wait for what it does."""
+        signal.pidfd_send_signal(self._handle, number)
+
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
         """Send a signal that ends it, and wait until it has ended."""
         with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._handle, number)
+            self.send(number)
         if not self.ended(timeout=30):
             raise RuntimeError(f"process {self.pid} does not end")
 
@@ -105,10 +119,16 @@ class ForkServer:
         engine: str = "echo",
         defects: Sequence[str] = (),
         keep_versions: int = 1000,
+        settings: Mapping[str, Any] = {},
+        stub: Mapping[str, Any] = {},
+        keys: Sequence[str] = (),
     ) -> Forked:
         """Start a server on a registry; it is not ready yet.
 
-        `engine` is echo or embedded; `defects` are names of forked.DEFECTS.
+        `engine` is echo or embedded, in the server's process, or hosted or stub, in one of its own,
+        the first of which is the embedded one; `defects` are names of planted.py, here and in
+        stress/; `settings` are fields of ServerConfig, and `stub` those of StubSettings; with
+        `keys`, it asks for one of them.
         """
         self._started += 1
         output = self._folder / f"server-{self._started}.txt"
@@ -117,6 +137,9 @@ class ForkServer:
             "engine": engine,
             "defects": list(defects),
             "keep_versions": keep_versions,
+            "settings": dict(settings),
+            "stub": dict(stub),
+            "keys": list(keys),
             "output": str(output),
         }
         assert self._process.stdin is not None
@@ -127,11 +150,9 @@ class ForkServer:
         return Forked(answer["pid"], answer["port"], output, os.pidfd_open(answer["pid"]))
 
     @contextmanager
-    def serving(
-        self, url: str, *, engine: str = "echo", defects: Sequence[str] = ()
-    ) -> Iterator[Forked]:
-        """A server that is ready; the context ends it."""
-        server = self.start(url, engine=engine, defects=defects)
+    def serving(self, url: str, **options: Any) -> Iterator[Forked]:
+        """A server that is ready, started with these options; the context ends it."""
+        server = self.start(url, **options)
         try:
             server.wait_until_ready()
             yield server

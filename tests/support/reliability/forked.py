@@ -6,6 +6,7 @@ It must have one thread when it forks, and no database: every server opens its o
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
@@ -23,9 +25,19 @@ from transformers import PreTrainedTokenizerBase
 
 from polyrex.adapters.files.inventory import Inventory, load_experts, read_inventory
 from polyrex.adapters.model.base_model import load_base, load_tokenizer
-from polyrex.server.config import EmbeddedConfig, RegistryConfig, ServerConfig
+from polyrex.server.config import (
+    Device,
+    Dtype,
+    EmbeddedConfig,
+    EngineName,
+    RegistryConfig,
+    ServerConfig,
+    VllmEngineConfig,
+)
 from polyrex.server.engines.base import Engine
+from polyrex.server.engines.building import BUILDERS, EngineSettings
 from polyrex.server.engines.embedded.engine import EmbeddedEngine
+from polyrex.server.engines.process.client import EngineClient, Supervision
 from polyrex.server.http.app import create_app
 from polyrex.server.launch.process import bind, run
 from polyrex.server.registry.database import Database
@@ -33,9 +45,17 @@ from polyrex.server.registry.registry import TaskRegistry
 
 from .engines import EchoEngine
 from .planted import plant_in_app, plant_in_engine, plant_in_registry
+from .stress.planted import plant_in_stressed_app, plant_in_stressed_engine
+from .stress.probe import install_probe
+from .stress.stub_engine import STUB, StubSettings
 
 MODEL = "small"
 """The name of the base model in requests."""
+
+SUPERVISION = Supervision(stall_seconds=2.0, healthy_seconds=0.0)
+"""The engine may fail as often as it likes."""
+
+_SIZES = EmbeddedConfig(kv_cache_tokens=8192)
 
 
 def main(base: str, inventory_path: Path) -> NoReturn:
@@ -92,6 +112,7 @@ def _be_server(
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        Path(order["output"]).with_suffix(".status").write_text(str(status))
         os._exit(status)  # what the parent has set up is the parent's to end
 
 
@@ -106,20 +127,43 @@ def _serve(
     settings = RegistryConfig(keep_versions=order["keep_versions"])
     registry = TaskRegistry(Database(order["url"]), inventory, settings)
     hoard = plant_in_registry(registry, defects)
-    engine: Engine = EchoEngine()
-    if order["engine"] == "embedded":
-        adapted = load_experts(inventory, load_base(base, torch.float32))
-        engine = EmbeddedEngine(adapted, inventory, EmbeddedConfig(kv_cache_tokens=8192))
-    engine = plant_in_engine(engine, registry, defects)
-    config = ServerConfig(model=MODEL, drain_seconds=5)
-    app = create_app(config, engine, registry, tokenizer)
+    engine = plant_in_engine(_engine(order, base, inventory), registry, defects)
+    engine = plant_in_stressed_engine(engine, defects)
+    digests = tuple(hashlib.sha256(key.encode()).digest() for key in order["keys"])
+    config = ServerConfig(model=MODEL, drain_seconds=5, api_key_digests=digests)
+    app = create_app(replace(config, **order["settings"]), engine, registry, tokenizer)
     plant_in_app(app, registry, defects)
+    plant_in_stressed_app(app, engine, defects)
+    install_probe(Path(order["output"]).with_suffix(".probe"))
     registry.start()
     try:
-        run(app, listener, config, lambda: None)
+        run(app, listener, app.state.context.config, lambda: None)
     finally:
         registry.close()
         hoard.clear()
+
+
+def _engine(order: Mapping[str, Any], base: str, inventory: Inventory) -> Engine:
+    kind = order["engine"]
+    if kind == "stub":
+        stub = StubSettings(**order["stub"])
+        return EngineClient(STUB, asdict(stub), stub.most_running, SUPERVISION)
+    if kind == "hosted":
+        settings = EngineSettings(
+            base=base,
+            inventory=str(inventory.path),
+            inventory_sha256=inventory.sha256,
+            dtype=Dtype.float32,
+            device=Device.cpu,
+            embedded=_SIZES,
+            vllm=VllmEngineConfig(),
+        )
+        builder = BUILDERS[EngineName.embedded]
+        return EngineClient(builder, settings.packed(), _SIZES.max_running, SUPERVISION)
+    if kind == "embedded":
+        adapted = load_experts(inventory, load_base(base, torch.float32))
+        return EmbeddedEngine(adapted, inventory, _SIZES)
+    return EchoEngine()
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from polyrex.adapters.errors import UnknownTask
 from polyrex.adapters.files.task import TaskVersion
 from polyrex.server.engines.base import Engine
+from polyrex.server.observability.metrics import Metrics
 from polyrex.server.registry.memory import follow
 from polyrex.server.registry.memory.index import Index
 from polyrex.server.registry.principal import OPERATOR
 from polyrex.server.registry.registry import TaskRegistry
-from polyrex.server.observability.metrics import Metrics
 
 from .engines import UnpinnedEngine
 

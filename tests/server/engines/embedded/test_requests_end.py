@@ -17,7 +17,7 @@ from polyrex.server.engines.base import GenerationRequest, SamplingParams
 from polyrex.server.engines.embedded.engine import EmbeddedEngine
 from polyrex.server.engines.embedded.paged_cache import PagedCache
 from polyrex.server.engines.embedded.scheduler import Scheduler
-from polyrex.server.errors import EngineError, EngineStopped, StartError
+from polyrex.server.errors import EngineError, EngineOutOfMemory, EngineStopped, StartError
 from support.engine_calls import GREEDY, Answer, MakeEngine, MakeTask, complete, prompt, started
 
 LONG = replace(GREEDY, max_tokens=500)
@@ -193,15 +193,65 @@ def test_stop_ends_every_request_and_the_thread(make_engine: MakeEngine) -> None
     assert threading.active_count() == before
 
 
-def test_a_dead_thread_is_reported_to_everyone(
+def test_a_request_that_cannot_be_placed_fails_alone(engine: EmbeddedEngine) -> None:
+    async def run() -> list[Any]:
+        good = [complete(engine, prompt(i), None, GREEDY) for i in range(3)]
+        bad = complete(engine, prompt(5), None, GREEDY, salt="\ud800")
+        return await asyncio.gather(*good, bad, return_exceptions=True)
+
+    *good, bad = asyncio.run(run())
+    assert isinstance(bad, EngineError)
+    assert [answer.finish_reason for answer in good] == ["length"] * 3
+    assert (engine.stats().running, engine.stats().kv_cache_usage) == (0, 0)
+
+
+def test_a_task_whose_slot_cannot_be_written_fails_alone(
+    engine: EmbeddedEngine, make_task: MakeTask
+) -> None:
+    task = make_task(1)
+    odd = replace(task.router, weights=task.router.weights[:, :-1])
+    info = replace(task.info, router_sha256="odd")
+
+    async def run() -> list[Any]:
+        tasks = [make_task(2), TaskVersion(info, odd), None]
+        asked = [complete(engine, prompt(i), task) for i, task in enumerate(tasks)]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    first, bad, last = asyncio.run(run())
+    assert isinstance(bad, EngineError)
+    assert (first.finish_reason, last.finish_reason) == ("length", "length")
+    assert engine.stats().slots_used == 0
+
+
+def test_a_step_without_enough_memory_fails_its_batch_and_frees_it(
+    engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def allocate(*_: object) -> None:
+        torch.empty(1 << 60)
+
+    with monkeypatch.context() as full:
+        full.setattr(PagedCache, "plan", allocate)
+        with pytest.raises(EngineOutOfMemory):
+            asyncio.run(complete(engine, prompt(1)))
+    assert asyncio.run(complete(engine, prompt(1))).finish_reason == "length"
+    assert engine.stats().kv_cache_usage == 0
+
+
+def test_steps_that_fail_one_after_the_other_end_the_engine(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def run() -> None:
         async with started(make_engine()) as engine:
             monkeypatch.delattr(Scheduler, "schedule")
-            with pytest.raises(EngineStopped, match="died"):
+            for _ in range(2):
+                with pytest.raises(EngineError, match="schedule"):
+                    await complete(engine, prompt(1))
+                engine.check()
+            with pytest.raises(EngineError, match="schedule"):
                 await complete(engine, prompt(1))
             with pytest.raises(EngineStopped, match="died"):
+                await complete(engine, prompt(1))
+            with pytest.raises(EngineStopped, match="died: 3 steps in a row failed"):
                 engine.check()
 
     asyncio.run(run())

@@ -155,3 +155,10 @@ def test_one_broken_row_is_one_error() -> None:
     first, broken, last = choose(logits, draws)
     assert first == last == Token(0)
     assert isinstance(broken, Exception)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-46, 1e-40, 1e-30])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_temperature_near_zero_is_greedy(temperature: float, top_p: float) -> None:
+    logits = torch.tensor([-3.0, 2.0, 1.0, 1.9999])
+    assert draw(200, logits, temperature=temperature, top_p=top_p) == {1: 200}

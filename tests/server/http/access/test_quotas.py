@@ -9,12 +9,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from polyrex.server.admission.quotas import TenantQuotas
 from polyrex.server.errors import InvalidRequest, Overloaded, RateLimited
 from polyrex.server.registry.database import Database
 from polyrex.server.registry.principal import OPERATOR
 from polyrex.server.registry.tenants.directory import Directory
 from polyrex.server.registry.tenants.records import Quotas
-from polyrex.server.admission.quotas import TenantQuotas
 from support.fake_server import FakeEngine, Serve, Served
 from support.tenants.identities import (
     OPERATOR_DIGESTS,

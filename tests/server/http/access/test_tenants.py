@@ -29,6 +29,7 @@ NO_LIMITS = {
     "requests_per_minute": None,
     "tokens_per_minute": None,
     "concurrent": None,
+    "weight": None,
 }
 
 

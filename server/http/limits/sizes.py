@@ -1,17 +1,14 @@
-"""Middleware that bounds what a client may send, before anything reads it, and counts answers."""
+"""Middleware that bounds what a client may send, before anything reads it."""
 
 from __future__ import annotations
 
-from prometheus_client import Counter
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from polyrex.server.config import ServerConfig
 from polyrex.server.errors import HeadersTooLarge, TooLarge
+from polyrex.server.http.error_handlers import error_response
 
-from .error_handlers import error_response
-
-_METHODS = frozenset({"GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"})
 _DROPPED = 16
 """How many times the body limit is read and dropped before the connection is closed."""
 
@@ -73,26 +70,3 @@ class BodyLimit:
             return whole.pop() if whole else await receive()
 
         await self._app(scope, replay, send)
-
-
-class CountAnswers:
-    """Counts every HTTP response by method, route and status."""
-
-    def __init__(self, app: ASGIApp, counter: Counter) -> None:
-        self._app = app
-        self._counter = counter
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-
-        async def counted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                # Clients choose method and path: neither may create a label of its own.
-                method = scope["method"] if scope["method"] in _METHODS else "other"
-                route = getattr(scope.get("route"), "path", "none")
-                self._counter.labels(method, route, message["status"]).inc()
-            await send(message)
-
-        await self._app(scope, receive, counted)
