@@ -149,22 +149,22 @@ class ServerConfig:
     max_headers: Annotated[PositiveInt, _LIMITS] = 100
     """Most headers of a request; beyond it, 431."""
     max_connections: Annotated[PositiveInt, _LIMITS] = 2048
-    """Most open connections; beyond it, 503 for all but /livez and /readyz. Fewer where the limit of
-    descriptors is low."""
+    """Most open connections; beyond it, 503 for all but /livez and /readyz. Fewer where the limit
+    of descriptors is low."""
     max_address_connections: Annotated[PositiveInt, _LIMITS] = 1024
     """Most open connections of one client address, which may be a proxy; beyond it, 503."""
     header_seconds: Annotated[PositiveFloat, _LIMITS] = 10.0
-    """Seconds that a request's headers may take to arrive, and that a new connection may be idle."""
+    """Seconds that a request's headers may take to arrive, and a new connection may be idle."""
     body_seconds: Annotated[PositiveFloat, _LIMITS] = 60.0
-    """Seconds that a body may take to arrive. After the first header_seconds it must also have come at
-    1 KiB a second."""
+    """Seconds that a body may take to arrive. After the first header_seconds it must also have come
+    at 1 KiB a second."""
     keep_alive_seconds: Annotated[PositiveFloat, _LIMITS] = 5.0
     """Seconds that a connection may be idle between requests."""
     write_seconds: Annotated[PositiveFloat, _LIMITS] = 30.0
     """Seconds that a client may read nothing of what waits for it; then its request is ended."""
     request_seconds: Annotated[PositiveFloat, _LIMITS] = 300.0
-    """Seconds from a request's last byte to the last byte of its answer; beyond it, 504. A client may
-    ask for fewer in the header x-polyrex-timeout. Fitting a task has fit_seconds."""
+    """Seconds from a request's last byte to the last byte of its answer; beyond it, 504. A client
+    may ask for fewer in the header x-polyrex-timeout. Fitting a task has fit_seconds."""
     drain_seconds: Annotated[NonNegativeFloat, _LIMITS] = 30.0
     """Seconds that running requests may take after SIGTERM, while new ones get 503."""
     engine_stall_seconds: Annotated[PositiveFloat, _LIMITS] = 60.0

@@ -13,22 +13,22 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from transformers import PreTrainedTokenizerBase
 
+from polyrex.server.admission.gate import Readiness
+from polyrex.server.admission.places import Places
+from polyrex.server.admission.quotas import TenantQuotas
 from polyrex.server.config import ServerConfig
 from polyrex.server.engines.base import Engine
 from polyrex.server.errors import StorageError
-from polyrex.server.registry.edits import TaskEdits
-from polyrex.server.registry.registry import TaskRegistry
-from polyrex.server.registry.tenants.directory import Directory
-from polyrex.server.admission.gate import Readiness
-from polyrex.server.admission.places import Places
-from polyrex.server.requests.database_calls import DatabaseCalls
-from polyrex.server.requests.fitting import Fitter
 from polyrex.server.observability.loop_lag import LoopLag
 from polyrex.server.observability.metrics import Metrics
 from polyrex.server.observability.tracing import Traces, traces_from
+from polyrex.server.registry.edits import TaskEdits
+from polyrex.server.registry.registry import TaskRegistry
+from polyrex.server.registry.tenants.directory import Directory
+from polyrex.server.requests.database_calls import DatabaseCalls
+from polyrex.server.requests.fitting import Fitter
 from polyrex.server.requests.prepare import RequestPreparer
 from polyrex.server.requests.prompt_routing import PromptIntuition
-from polyrex.server.admission.quotas import TenantQuotas
 from polyrex.server.requests.text import Tokenizer
 
 from .access import check_declared

@@ -8,21 +8,21 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from polyrex.server.admission.gate import Readiness
+from polyrex.server.admission.places import Places
+from polyrex.server.admission.quotas import TenantQuotas
 from polyrex.server.config import ServerConfig
 from polyrex.server.engines.base import Engine
 from polyrex.server.errors import InvalidRequest
+from polyrex.server.observability.metrics import Metrics
+from polyrex.server.observability.tracing import Traces
 from polyrex.server.registry.edits import TaskEdits
 from polyrex.server.registry.principal import Principal
 from polyrex.server.registry.registry import TaskRegistry
 from polyrex.server.registry.tenants.directory import Directory
-from polyrex.server.admission.gate import Readiness
-from polyrex.server.admission.places import Places
 from polyrex.server.requests.database_calls import DatabaseCalls
 from polyrex.server.requests.fitting import Fitter
-from polyrex.server.observability.metrics import Metrics
-from polyrex.server.observability.tracing import Traces
 from polyrex.server.requests.prepare import RequestPreparer
-from polyrex.server.admission.quotas import TenantQuotas
 from polyrex.server.requests.text import Tokenizer
 
 from .json_body import BodyReader

@@ -50,7 +50,6 @@ from polyrex.server.errors import (
     UnknownTenant,
     UnsupportedBody,
 )
-
 from polyrex.server.observability.requests import current_request
 
 from .access import methods_of

@@ -77,7 +77,7 @@ def serve(order: Order) -> None:
     with bind("127.0.0.1", 0) as listener:
         server = Server(app, config)
         if order.parser != "ours":
-            server.config.http = order.parser  # type: ignore[assignment]
+            server.config.http = order.parser
         print(listener.getsockname()[1], flush=True)
         with asyncio.Runner(loop_factory=_loop_factory(order.loop)) as runner:
             runner.run(server.serve([listener]))

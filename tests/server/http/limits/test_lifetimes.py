@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -64,7 +65,7 @@ def test_a_time_that_is_no_number_is_a_400(served: Served, value: str) -> None:
 def test_a_slow_body_does_not_take_from_the_requests_time(serve: Serve) -> None:
     served = serve(request_seconds=SHORT)
 
-    def slowly() -> object:
+    def slowly() -> Iterator[bytes]:
         yield b'{"prompt": "x",'
         time.sleep(2 * SHORT)
         yield b'"max_tokens": 2}'
