@@ -18,7 +18,7 @@ from support.reliability.stress.planted import (
 )
 from support.reliability.stress.stub_engine import HANG
 
-from .disconnects import disconnects
+from .disconnects import GENERATED, disconnects
 from .engine_dies import WITHIN, by_prompt, by_signal, engine_dies, vllm_dies
 from .engine_threads import engine_threads
 from .fairness import fairness
@@ -128,7 +128,7 @@ STRESS = {
         lambda ground: disconnects(ground.forks, ground.sqlite(), count=5000),
         lambda ground: disconnects(ground.forks, ground.sqlite(), count=100, defects=[UNREAPED]),
         "the engine goes on with what nobody waits for any more",
-        ["seconds until all was free"],
+        [GENERATED],
     ),
     "engine-hangs": Proof(
         lambda ground: engine_dies(
