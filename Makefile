@@ -75,6 +75,10 @@ study: $(BIN)/.installed
 bench-train: $(BIN)/.installed
 	@$(BENCH).training --data training/rows --out tests/results/bench_train.json $(ARGS)
 
+# What a request costs beside busy processes, by how threads wait.
+bench-neighbours: $(BIN)/.installed
+	@$(BENCH).requests.neighbours --inventory $(SHIPPED)/inventory.safetensors --out tests/results/neighbours.json $(ARGS)
+
 # How much a fit delays running streams; a quarter of an hour.
 bench-fit: $(BIN)/.installed
 	@$(BENCH).fit --data training/rows --out tests/results/fit.json $(ARGS)

@@ -17,6 +17,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from cyclopts.exceptions import UnknownCommandError, UnknownOptionError
 
 from polyrex.adapters.errors import PolyrexError
+from polyrex.kernels.cpu.threads import thread_variables
 
 from .settings import EVERY_OPTION, PREFIX, nearest, sources, unknown
 
@@ -130,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status; an error is one line on stderr."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     name = next((each for each in given if each in COMMANDS), None)
+    os.environ.update(thread_variables(os.environ))  # no command has imported torch yet
     try:
         status = program(name)(given)
     except CycloptsError as error:

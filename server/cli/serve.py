@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import replace
 from typing import Annotated
 
+from polyrex.kernels.cpu.threads import describe_threads
 from polyrex.server.config import FLAT, Launch, LogFormat
 from polyrex.server.http.auth import read_key_digests
 from polyrex.server.launch.process import bind, check_exposure, run
@@ -31,6 +33,7 @@ def serve(*, launch: Annotated[Launch, FLAT] = Launch()) -> None:  # noqa: B008 
 def _serve(launch: Launch, progress: Progress) -> None:
     config = launch.server
     with bind(config.host, config.port) as listener:
+        progress.say(describe_threads(os.environ))
         with progress.stage("torch and transformers"):
             # These imports take seconds: the port comes first.
             from polyrex.server.launch.examples import examples_text

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from polyrex.kernels.cpu.build import why_not_compiled
+from polyrex.kernels.cpu.threads import cgroup_cores
 from polyrex.server.config import Device, EngineName, Launch
 from polyrex.server.engines.vllm.version import find_build
 
@@ -107,19 +108,6 @@ def free_memory(device: torch.device) -> int:
     free = _available()
     limit, used = _number("memory.max"), _number("memory.current")
     return free if limit is None or used is None else min(free, limit - used)
-
-
-def cgroup_cores() -> float | None:
-    """The cores that cgroups grant, v2 or v1; None where there is no quota."""
-    words = _words(_CGROUP / "cpu.max")
-    if not words:
-        words = [
-            *_words(_CGROUP / "cpu" / "cpu.cfs_quota_us"),
-            *_words(_CGROUP / "cpu" / "cpu.cfs_period_us"),
-        ]
-    if len(words) != 2 or words[0] in ("max", "-1"):
-        return None
-    return int(words[0]) / int(words[1])
 
 
 def _available() -> int:

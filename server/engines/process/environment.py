@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from polyrex.kernels.cpu.threads import thread_variables
+
 ENGINE_HOST = "POLYREX_ENGINE_HOST"
 """Set in the engine's process and in all that it starts, which then end with their parents."""
 
@@ -20,4 +22,4 @@ def host_environment(server: Mapping[str, str]) -> dict[str, str]:
     What a library reads when it is loaded (OpenMP's settings, say) is set here or nowhere.
     """
     kept = {name: value for name, value in server.items() if name not in _FORBIDDEN}
-    return {**kept, **_VLLM, ENGINE_HOST: "1"}
+    return {**kept, **thread_variables(server), **_VLLM, ENGINE_HOST: "1"}

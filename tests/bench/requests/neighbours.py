@@ -59,7 +59,9 @@ def neighbours(count: int) -> Iterator[None]:
     """So many processes of the same priority that never wait."""
     with ExitStack() as stack:
         for _ in range(count):
-            busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            command = [sys.executable, "-c", "while True: pass"]
+            # Linux shares the cores among sessions first: each is one of its own.
+            busy = subprocess.Popen(command, start_new_session=True)
             stack.callback(busy.wait)
             stack.callback(busy.kill)
         yield
@@ -76,7 +78,9 @@ def summary(samples: list[float]) -> dict[str, float]:
     return {"p50": round(statistics.median(samples), 3), "p99": round(p99, 3)}
 
 
-def measure(clients: Mapping[str, httpx.Client], rounds: int, requests: int) -> dict[str, Any]:
+def measure(
+    clients: Mapping[str, httpx.Client], rounds: int, requests: int, busy_processes: int
+) -> dict[str, Any]:
     """All figures of all contenders."""
     samples: dict[str, dict[str, list[float]]] = {name: {IDLE: [], BUSY: []} for name in clients}
     turns = Turns()
@@ -87,7 +91,7 @@ def measure(clients: Mapping[str, httpx.Client], rounds: int, requests: int) -> 
             samples[name][IDLE] += latencies(client, requests)
         for name, client in clients.items():
             turns.add(name, tokens_per_second(client, [completion()] * REQUESTS))
-        with neighbours(os.cpu_count() or 1):
+        with neighbours(busy_processes):
             time.sleep(1)
             for name, client in clients.items():
                 samples[name][BUSY] += latencies(client, requests)
@@ -101,7 +105,7 @@ def measure(clients: Mapping[str, httpx.Client], rounds: int, requests: int) -> 
             "busy_p99_over_idle_p50": round(busy["p99"] / idle["p50"], 3),
             "idle_p50_over_first": round(idle["p50"] / summary(samples[first][IDLE])["p50"], 3),
             f"{TOGETHER}_tokens_per_second": turns.medians()[name],
-            f"{TOGETHER}_over_first": turns.compare(name, first).ratio,
+            f"{TOGETHER}_over_first": turns.compare(name, first).ratio if name != first else 1.0,
         }
     return figures
 
@@ -110,6 +114,8 @@ def main() -> None:
     """The command."""
     parser = command_line(__doc__, rounds=3)
     parser.add_argument("--inventory", type=Path, required=True, help="what the servers serve")
+    cores = os.cpu_count() or 1
+    parser.add_argument("--neighbours", type=int, default=cores, help="default: %(default)s")
     parser.add_argument("--requests", type=int, default=17, help="a turn; default: %(default)s")
     parser.add_argument("--contenders", type=contender, nargs="+", default=[("as_shipped", {})])
     parser.add_argument("--options", nargs="*", default=[], help="of `polyrex serve`")
@@ -120,9 +126,9 @@ def main() -> None:
             with environment(variables):
                 server = server_process(options.inventory, *options.options)
                 clients[name], _ = stack.enter_context(server)
-        figures = measure(clients, options.rounds, options.requests)
+        figures = measure(clients, options.rounds, options.requests, options.neighbours)
     document = {
-        "neighbours": os.cpu_count(),
+        "neighbours": options.neighbours,
         "requests": options.requests * options.rounds,
         "variables": dict(options.contenders),
         "options": options.options,

@@ -171,21 +171,6 @@ def test_threads_beyond_the_quota_are_noted(monkeypatch: pytest.MonkeyPatch) -> 
     assert "OMP_NUM_THREADS=1" in found.advice
 
 
-def test_a_quota_is_read_from_either_version_of_cgroups(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
-    assert machine.cgroup_cores() is None
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("150000\n")
-    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
-    assert machine.cgroup_cores() == 1.5
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert machine.cgroup_cores() is None
-    (tmp_path / "cpu.max").write_text("50000 100000\n")
-    assert machine.cgroup_cores() == 0.5
-
-
 @pytest.mark.parametrize(
     ("flags", "status", "said"),
     [
