@@ -13,7 +13,7 @@ FOLDERS := $(shell find adapters kernels server training -type d -not -name __py
 export POLYREX_CACHE ?= $(CURDIR)/.cache
 export HF_HUB_OFFLINE := 1
 
-.PHONY: serve serve-vllm style check test test-vllm-full bench bench-vllm bench-train bench-fit bench-intuition bench-prefix bench-engine-process \
+.PHONY: serve serve-vllm style check test test-vllm-full bench bench-vllm bench-train bench-fit bench-intuition bench-prefix bench-engine-process bench-neighbours \
 	bench-compress fit-gain study reliability train examples audit sbom clean triton-table gpu gpu-bundle
 
 serve: $(BIN)/.installed
