@@ -40,14 +40,16 @@ class Answers:
 
 
 async def ask(engine: Engine, make_task: MakeTask) -> list[Answer]:
-    """Every sampling, with each of two tasks and without one, all at once."""
+    """Every sampling, with each of two tasks and without one.
+
+    One after another: which of them share a step, and so how sums are rounded, is not left to time.
+    """
     tasks = (make_task(1), make_task(2), None)
-    asked = [
-        complete(engine, tuple(range(3 + i, 30 + 3 * i)), task, sampling)
+    return [
+        await complete(engine, tuple(range(3 + i, 30 + 3 * i)), task, sampling)
         for i, sampling in enumerate(SAMPLINGS)
         for task in tasks
     ]
-    return await asyncio.gather(*asked)
 
 
 async def killed(client: EngineClient) -> None:
