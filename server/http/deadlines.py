@@ -26,14 +26,6 @@ class Deadline:
     at: float  # of time.monotonic
 
     @classmethod
-    def of(cls, headers: Headers, limit: float) -> Deadline:
-        """The deadline of a request received now, `limit` seconds away or fewer.
-
-        Raises InvalidRequest where a header names something else than a number above 0.
-        """
-        return cls.after(seconds_allowed(headers, limit))
-
-    @classmethod
     def after(cls, seconds: float) -> Deadline:
         """The deadline so many seconds from now."""
         return cls(time.monotonic() + seconds)
@@ -44,7 +36,10 @@ class Deadline:
 
 
 def seconds_allowed(headers: Headers, limit: float) -> float:
-    """The least of `limit` seconds and what the headers name; raises as `Deadline.of`."""
+    """The least of `limit` seconds and what the headers name.
+
+    Raises InvalidRequest where a header names something else than a number above 0.
+    """
     for name, unit in _HEADERS.items():
         value = headers.get(name)
         if value is not None:

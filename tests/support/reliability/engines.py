@@ -41,11 +41,10 @@ class EchoEngine:
 
 
 @dataclass
-class UnpinnedEngine:
-    """A planted defect: the second half of an answer comes from the version current by then."""
+class WrappedEngine:
+    """An engine that does what another one does."""
 
     engine: Engine
-    current: Callable[[str], TaskVersion]
 
     @property
     def context_length(self) -> int:
@@ -72,6 +71,17 @@ class UnpinnedEngine:
     def stats(self) -> EngineStats:
         """The engine's own."""
         return self.engine.stats()
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
+        """The engine's own."""
+        return self.engine.generate(request)
+
+
+@dataclass
+class UnpinnedEngine(WrappedEngine):
+    """A planted defect: the second half of an answer comes from the version current by then."""
+
+    current: Callable[[str], TaskVersion]
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         """Generate the first half, look the task up again, and generate the rest."""

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from polyrex.server.engines.base import Engine, EngineStats, GenerationRequest, TokenChunk
+from polyrex.server.engines.base import Engine, GenerationRequest, TokenChunk
 from polyrex.server.errors import EngineError, EngineStopped
+from support.reliability.engines import WrappedEngine
 
 POISONED = "poisoned"
 """A body that names min_tokens ends what others have under way, and its error tells a path."""
@@ -46,43 +47,6 @@ def plant_in_stressed_app(app: FastAPI, engine: Engine, defects: Sequence[str]) 
         app.add_middleware(LookAtBodies, poisoned=engine, defects=defects)
     if HEAPING in defects:
         app.add_middleware(Heap)
-
-
-@dataclass
-class WrappedEngine:
-    """An engine that does what another one does."""
-
-    engine: Engine
-
-    @property
-    def context_length(self) -> int:
-        """The engine's own."""
-        return self.engine.context_length
-
-    @property
-    def most_running(self) -> int:
-        """The engine's own."""
-        return self.engine.most_running
-
-    async def start(self) -> None:
-        """Start the engine."""
-        await self.engine.start()
-
-    async def stop(self) -> None:
-        """Stop the engine."""
-        await self.engine.stop()
-
-    def check(self) -> None:
-        """Ask the engine."""
-        self.engine.check()
-
-    def stats(self) -> EngineStats:
-        """The engine's own."""
-        return self.engine.stats()
-
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
-        """The engine's own."""
-        return self.engine.generate(request)
 
 
 @dataclass
