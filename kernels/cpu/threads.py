@@ -2,9 +2,9 @@
 
 A thread that waits spins before it sleeps; by default for milliseconds. Beside other busy processes
 it so spins for one that has no core, uses up its own share of the cores, and every parallel region
-of every layer waits for the scheduler: a request took fifty times as long. A thousand turns are
+of every layer waits for the scheduler: a request took six times as long. A thousand turns are
 long enough for the regions of a model that has the cores to itself, and no more than some tens of
-microseconds (`bench.requests.neighbours`).
+microseconds (`make bench-neighbours`).
 
 OpenMP reads its variables as it is loaded, which is when torch is imported: this module imports
 nothing that is slow, and is asked before.
