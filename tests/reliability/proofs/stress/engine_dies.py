@@ -128,7 +128,7 @@ class _Run:
         watch = _Watch(server.client)
         victim = _victim(server.pid, deepest=deepest)
         strike = partial(self.strike, server, victim)
-        with asking(server.port, _bodies()) as endings, watch.running():
+        with asking(server.port, _bodies(), again=True) as endings, watch.running():
             began = time.monotonic()
             strike()
             _wait_for(endings)
@@ -165,16 +165,17 @@ class _Run:
 def _wait_for(endings: Sequence[Ending]) -> None:
     """Until all have ended; asking() joins them, too, but only later."""
     end = time.monotonic() + BACK
-    while not all(ending.at for ending in endings) and time.monotonic() < end:
-        time.sleep(0.01)
+    for ending in endings:
+        ending.done.wait(max(0, end - time.monotonic()))
 
 
 def _bodies() -> list[dict[str, Any]]:
-    """Requests that take longer than it takes to kill the engine."""
     body = {"prompt": [9, 9], "max_tokens": 400, "ignore_eos": True, "temperature": 0}
     tasks: list[dict[str, Any]] = [{}, *({"task": f"kept-{n}"} for n in range(TASKS))]
+    streamed = {"stream": True, "stream_options": {"include_usage": True}}
     return [
-        {**body, **tasks[n % len(tasks)], "stream": n < STREAMS} for n in range(STREAMS + PLAIN)
+        {**body, **tasks[n % len(tasks)], **(streamed if n < STREAMS else {})}
+        for n in range(STREAMS + PLAIN)
     ]
 
 

@@ -30,6 +30,8 @@ TOKENS = 20
 CAPACITY = STUB["most_running"] / (TOKENS * STUB["step_seconds"])
 """Requests a second that the engine can finish: 20."""
 TIMES = 10
+NORMAL = 0.8
+"""The share of it that is asked for at first: at all of it, queues would grow by chance alone."""
 STALLED = 0.2
 """The share of requests whose clients never read."""
 DRIPPING = 500
@@ -164,7 +166,9 @@ def overload(
     defects: Sequence[str] = (),
     settings: Mapping[str, Any] = {},
 ) -> Result:
-    """Send what the server can do, and then ten times as much, for so many seconds each.
+    """Send what the server can do at ease, and then ten times what it can do at all.
+
+    Each for so many seconds.
 
     `timed`: whether times are judged, which want the machine for themselves. `settings`: fields of
     ServerConfig; with bounds that bound nothing, the server must fail.
@@ -172,7 +176,7 @@ def overload(
     url = f"sqlite:///{folder / 'registry.db'}"
     options = {"engine": "stub", "stub": STUB, "settings": settings, "defects": defects}
     with forks.serving(url, **options) as server:
-        once = _run(server, seconds, Plan([_good(CAPACITY)], seconds))
+        once = _run(server, seconds, Plan([_good(NORMAL * CAPACITY)], seconds))
         before = _memory(server)
         flows = [
             _good(TIMES * CAPACITY * (1 - STALLED), until=seconds),
@@ -188,7 +192,7 @@ def overload(
     figures = _figures(once, much, seconds) | {"memory in MiB": grown, "in flight in the end": left}
     return Result(
         goal=f"{TIMES} times what the server can do, with clients that do harm",
-        length=f"{seconds:g} s at {CAPACITY:g} requests a second, and at {TIMES} times as many",
+        length=f"{seconds:g} s at {NORMAL:g} of what it can do, and at {TIMES} times",
         figures={name: round(value, 3) for name, value in figures.items()},
         at_most=judged,
         at_least={"goodput of the peak": GOODPUT} if timed else {"served": 1, "refused": 1},

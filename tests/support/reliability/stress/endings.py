@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import socket
 import struct
 import threading
@@ -17,6 +18,7 @@ COMPLETIONS = "/v1/completions"
 WHOLE, ERROR, CUT = "whole", "error", "cut"
 _SECONDS = 120
 """A generous wait for an answer."""
+_MADE = re.compile(rb'"completion_tokens": ?(\d+)')
 
 
 @dataclass
@@ -25,13 +27,21 @@ class Ending:
 
     streamed: bool
     begun: threading.Event = field(default_factory=threading.Event)
+    done: threading.Event = field(default_factory=threading.Event)
     status: int = 0
     kind: str = CUT
     at: float = 0.0  # of time.monotonic, when its last byte came
     answer: bytes = b""
 
+    @property
+    def tokens(self) -> int:
+        """How many the answer says it has."""
+        said = _MADE.findall(self.answer)
+        return int(said[-1]) if said else 0
+
     def ask(self, port: int, body: Mapping[str, Any], path: str = COMPLETIONS) -> None:
         """Send the request and read the answer to its end."""
+        self.answer, self.status, self.kind = b"", 0, CUT
         with suppress(OSError), socket.create_connection(("127.0.0.1", port)) as connection:
             connection.settimeout(_SECONDS)
             connection.sendall(request_bytes(path, body))
@@ -57,6 +67,18 @@ class Ending:
         else:
             self.kind = ERROR if b'data: {"error"' in rest else CUT
 
+    def ask_until_not_whole(
+        self, port: int, body: Mapping[str, Any], over: threading.Event
+    ) -> None:
+        """Ask again and again, until an answer lacks something, or it is over.
+
+        However fast the engine is, and slow this process, there is always a request under way.
+        """
+        self.ask(port, body)
+        while not over.is_set() and self.kind == WHOLE and self.tokens == body["max_tokens"]:
+            self.ask(port, body)
+        self.done.set()
+
 
 def _is_error(body: bytes) -> bool:
     with suppress(json.JSONDecodeError, KeyError, TypeError):
@@ -65,11 +87,19 @@ def _is_error(body: bytes) -> bool:
 
 
 @contextmanager
-def asking(port: int, bodies: Sequence[Mapping[str, Any]]) -> Iterator[list[Ending]]:
-    """Ask all at once; it begins when every stream has begun, and ends when all have ended."""
-    endings = [Ending(bool(body.get("stream"))) for body in bodies]
+def asking(
+    port: int, bodies: Sequence[Mapping[str, Any]], *, again: bool = False
+) -> Iterator[list[Ending]]:
+    """Ask all at once; it begins when every stream has begun, and ends when all have ended.
+
+    `again`: what has its whole answer is asked again while the context lasts. Streams then have to
+    include their usage.
+    """
+    endings, over = [Ending(bool(body.get("stream"))) for body in bodies], threading.Event()
+    if not again:
+        over.set()
     threads = [
-        threading.Thread(target=ending.ask, args=(port, body))
+        threading.Thread(target=ending.ask_until_not_whole, args=(port, body, over))
         for ending, body in zip(endings, bodies, strict=True)
     ]
     for thread in threads:
@@ -79,6 +109,7 @@ def asking(port: int, bodies: Sequence[Mapping[str, Any]]) -> Iterator[list[Endi
             ending.begun.wait(_SECONDS)
         yield endings
     finally:
+        over.set()
         for thread in threads:
             thread.join()
 
