@@ -206,7 +206,7 @@ class Places:
             return True
         places = self.engine.most_running
         part = self._shares.fraction(share)
-        spare = round(places / _SPARE)
+        spare = int(places / _SPARE + 0.5)  # round would make 0 of a half
         crowded = part < 1 and share.running >= places * part
         spare = -spare if crowded else max(1, spare)
         if self.running + completions > places + spare:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import ExitStack, aclosing
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -23,24 +23,26 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def until_disconnect(receive: Receive, work: Awaitable[T]) -> T:
     """Await `work`; where the client disconnects first, cancel it and raise ClientDisconnected."""
-    working = asyncio.create_task(work)
-    watching = asyncio.create_task(_disconnected(receive))
+    watched = asyncio.timeout(None)  # it cancels what is in its context, and nothing else
+    watching = asyncio.create_task(_disconnected(receive, watched))
     try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnected("the client went away")
-        return working.result()
+        async with watched:
+            return await work
+    except TimeoutError:
+        if not watched.expired():
+            raise  # the work's own
+        raise ClientDisconnected("the client went away") from None
     finally:
-        for task in (working, watching):
-            task.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
 
 
-async def _disconnected(receive: Receive) -> None:
+async def _disconnected(receive: Receive, watched: asyncio.Timeout) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+    watched.reschedule(0)  # in the past
 
 
 class EventStream(Response):
@@ -99,10 +101,9 @@ async def end_with_error(send: Send, error: Exception) -> None:
 
 
 async def _end(send: Send, last: str) -> None:
-    await _send_event(send, last)
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
+    await _send_event(send, last, more=False)
 
 
-async def _send_event(send: Send, data: str) -> None:
+async def _send_event(send: Send, data: str, *, more: bool = True) -> None:
     body = f"data: {data}\n\n".encode()
-    await send({"type": "http.response.body", "body": body, "more_body": True})
+    await send({"type": "http.response.body", "body": body, "more_body": more})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -68,10 +69,14 @@ def open_registry(config: RegistryConfig, folder: Path, bundle: Bundle) -> TaskR
     That is a state folder of before there was a database, and the routers that come with the
     inventory. Raises StartError or StorageError.
     """
-    database = Database(config.url or folder_url(folder))
-    rejected = take_over(database, bundle.inventory, folder)
-    rejected |= register_shipped(database, bundle.inventory, bundle.folder)
-    return TaskRegistry(database, bundle.inventory, config, rejected)
+    with ExitStack() as undo:
+        database = Database(config.url or folder_url(folder))
+        undo.callback(database.close)
+        rejected = take_over(database, bundle.inventory, folder)
+        rejected |= register_shipped(database, bundle.inventory, bundle.folder)
+        registry = TaskRegistry(database, bundle.inventory, config, rejected)
+        undo.pop_all()  # the registry closes it
+    return registry
 
 
 def server_settings(launch: Launch) -> ServerConfig:

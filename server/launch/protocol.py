@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from enum import Enum, auto
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import httptools
 import uvicorn
@@ -108,7 +108,6 @@ class HttpConnection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._outlet = _Outlet(self, transport)
         self._read = self.loop.time()
         self._lasting = self._all.add(self)
         if self._lasting:
@@ -164,7 +163,7 @@ class HttpConnection(HttpToolsProtocol):
             self._wrong = InvalidRequest("too many requests before an answer to the first")
             raise self._wrong
         super().on_headers_complete()
-        self.cycle.transport = self._outlet  # type: ignore[assignment]
+        self.cycle.transport = _Outlet(self, self.cycle)  # type: ignore[assignment]
         if not self._lasting:
             self.cycle.keep_alive = False
         self._begin(_Receiving.body, self._limits.body_seconds)
@@ -184,6 +183,8 @@ class HttpConnection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         # As uvicorn's, but without a timer for each request.
+        assert self._answering is not None
+        cast(_Outlet, self._answering.transport).flush()
         self.server_state.total_requests += 1
         if self._closing:
             return
@@ -292,12 +293,39 @@ class HttpConnection(HttpToolsProtocol):
 
 
 class _Outlet:
-    """Where an answer is written: a transport whose connection closes softly."""
+    """Where one answer is written: a transport whose connection closes softly.
 
-    def __init__(self, connection: HttpConnection, transport: asyncio.Transport) -> None:
-        self.write = transport.write
-        self.is_closing = transport.is_closing
-        self.close = connection.close_softly
+    The answer's head waits for the first of its body, so that both are one call of the system.
+    """
+
+    def __init__(self, connection: HttpConnection, cycle: RequestResponseCycle) -> None:
+        self.is_closing = connection.transport.is_closing
+        self._connection = connection
+        self._write = connection.transport.write
+        self._cycle = cycle
+        self._head: bytes | None = None  # empty once it is written
+
+    def write(self, data: bytes) -> None:
+        """Write a part of the answer."""
+        if not self._cycle.response_started:  # it is 100 Continue
+            self._write(data)
+        elif self._head is None:
+            self._head = data
+        elif self._head:
+            self._write(self._head + data)
+            self._head = b""
+        else:
+            self._write(data)
+
+    def flush(self) -> None:
+        """Write a head to which no body has come."""
+        if self._head:
+            self.write(b"")
+
+    def close(self) -> None:
+        """Close the connection, once everything is sent."""
+        self.flush()
+        self._connection.close_softly()
 
 
 async def _health_alone(app: Any, scope: Scope, receive: Receive, send: Send) -> None:

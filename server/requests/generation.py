@@ -99,6 +99,11 @@ async def _merge(
     streams: Sequence[AsyncGenerator[T, None]],
 ) -> AsyncGenerator[tuple[int, T], None]:
     """Yield the items of all streams as they come, each with the index of its stream."""
+    if len(streams) == 1:  # most often; it needs no task beside that of the request
+        async with aclosing(streams[0]) as alone:
+            async for item in alone:
+                yield 0, item
+        return
     # Bounded, so that a slow reader holds the streams back.
     queue: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue(len(streams))
 
@@ -115,13 +120,13 @@ async def _merge(
     try:
         ended = 0
         while ended < len(streams):
-            item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
+            found = await queue.get()
+            if isinstance(found, Exception):
+                raise found
+            if found is None:
                 ended += 1
             else:
-                yield item
+                yield found
     finally:
         for task in tasks:
             task.cancel()

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from polyrex.adapters.errors import FileError
 from polyrex.adapters.model.base_model import (
     Quantisation,
     load_base,
@@ -22,14 +23,20 @@ def load_for_training(
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """A frozen base model on a device, by its name or folder, and its tokenizer.
 
-    Raises FileError if the default model's package is missing, SpecError if the dtype is unknown,
-    DeviceError if the model cannot be quantised on the device.
+    Raises FileError if the default model's package is missing, or the tokenizer has no token that
+    ends an answer; SpecError if the dtype is unknown, DeviceError if the model cannot be quantised
+    on the device.
     """
     path = resolve_base(name)
+    tokenizer = load_tokenizer(path)
+    if tokenizer.eos_token_id is None:
+        raise FileError(
+            f"base model {path}: its tokenizer names no eos_token, and without one no answer ends"
+        )
     base = load_base(path, torch_dtype(dtype), device, quantize)
     if device.type == "cpu":
         use_eager_attention(base)
-    return base, load_tokenizer(path)
+    return base, tokenizer
 
 
 def use_eager_attention(base: nn.Module) -> None:

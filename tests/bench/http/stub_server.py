@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import cProfile
+import gc
 import json
 import os
 import pstats
@@ -78,6 +79,8 @@ def serve(order: Order) -> None:
         server = Server(app, config)
         if order.parser != "ours":
             server.config.http = order.parser
+        gc.collect()
+        gc.freeze()  # as launch/process.py does
         print(listener.getsockname()[1], flush=True)
         with asyncio.Runner(loop_factory=_loop_factory(order.loop)) as runner:
             runner.run(server.serve([listener]))

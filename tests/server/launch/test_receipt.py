@@ -77,6 +77,23 @@ def test_a_body_that_comes_in_pieces_is_served(serve: Serve) -> None:
         assert answer(connection.recv(1 << 16)).status == 200
 
 
+def test_a_client_that_waits_for_100_continue_is_told_at_once(serve: Serve) -> None:
+    with connected(serve().port) as connection:
+        connection.sendall(HEAD + b"\r\nexpect: 100-continue\r\n\r\n")
+        assert connection.recv(1 << 16) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(BODY)
+        assert answer(connection.recv(1 << 16)).status == 200
+
+
+def test_an_answer_without_a_body_is_sent(serve: Serve) -> None:
+    with connected(serve(**SMALL).port) as connection:
+        for _ in range(2):
+            connection.sendall(request("HEAD", "/openapi.json"))
+            told = answer(connection.recv(1 << 16))
+            assert (told.status, told.body) == (200, b"")
+            assert int(told.headers["content-length"]) > 0
+
+
 def test_an_idle_connection_is_kept_for_a_while_and_closed(serve: Serve) -> None:
     with connected(serve(**SMALL).port) as connection:
         connection.sendall(request("GET", "/livez"))

@@ -171,7 +171,7 @@ def overload(
     Each for so many seconds.
 
     `timed`: whether times are judged, which want the machine for themselves. `settings`: fields of
-    ServerConfig; with bounds that bound nothing, the server must fail.
+    ServerConfig.
     """
     url = f"sqlite:///{folder / 'registry.db'}"
     options = {"engine": "stub", "stub": STUB, "settings": settings, "defects": defects}

@@ -24,6 +24,8 @@ HEAPING = "heaping"
 """Every request leaves memory behind; some a task, a thread and an open file as well."""
 UNREAPED = "unreaped"
 """The engine goes on with what nobody waits for any more."""
+BOUNDLESS = "boundless"
+"""Nothing is refused, however much waits."""
 FALSE_ENDS = "false ends"
 """What the engine did not finish ends as if it had."""
 
@@ -42,7 +44,10 @@ def plant_in_stressed_engine(engine: Engine, defects: Sequence[str]) -> Engine:
 
 
 def plant_in_stressed_app(app: FastAPI, engine: Engine, defects: Sequence[str]) -> None:
-    """Put a broken middleware in front of the application."""
+    """Break the queue, or put a broken middleware in front of the application."""
+    if BOUNDLESS in defects:
+        for name in ("_press", "_check"):
+            setattr(app.state.context.places, name, lambda *_: None)
     if FROZEN in defects or POISONED in defects:
         app.add_middleware(LookAtBodies, poisoned=engine, defects=defects)
     if HEAPING in defects:
