@@ -13,7 +13,7 @@ FOLDERS := $(shell find adapters kernels server training -type d -not -name __py
 export POLYREX_CACHE ?= $(CURDIR)/.cache
 export HF_HUB_OFFLINE := 1
 
-.PHONY: serve serve-vllm style check test test-vllm-full bench bench-vllm bench-train bench-fit bench-intuition bench-prefix bench-engine-process bench-neighbours \
+.PHONY: serve serve-vllm style check test test-vllm-full bench bench-vllm bench-train bench-fit bench-intuition bench-prefix bench-engine-process bench-neighbours bench-http \
 	bench-compress fit-gain study reliability train examples audit sbom clean triton-table gpu gpu-bundle
 
 serve: $(BIN)/.installed
@@ -98,6 +98,10 @@ bench-prefix: $(BIN)/.installed
 # What it costs that the embedded engine is a process of its own; ten minutes.
 bench-engine-process: $(BIN)/.installed
 	@$(BENCH).requests.engine_process --out tests/results/engine_process.json $(ARGS)
+
+# What the HTTP side costs, on an engine that costs nothing; five minutes.
+bench-http: $(BIN)/.installed
+	@$(BENCH).http.overhead --out tests/results/http_overhead.json $(ARGS)
 
 # Trains 120 LoRAs, compresses them to three ranks, and serves them against the originals; an hour.
 bench-compress: $(BIN)/.vllm

@@ -137,9 +137,12 @@ class HttpConnection(HttpToolsProtocol):
         except httptools.HttpParserError:
             self._refuse("invalid", self._wrong or InvalidRequest("this is no HTTP request"))
         else:
-            headers = self._receiving is _Receiving.headers
-            if headers and self._received > self._limits.max_header_bytes:
+            if self._receiving is not _Receiving.headers:
+                return
+            if self._received > self._limits.max_header_bytes:
                 self._refuse("invalid", self._headers_too_large())
+            elif self.parser.get_method() == b"PRI":  # the parser would wait for the rest of it
+                self._refuse("invalid", InvalidRequest("HTTP/2 is not spoken here, HTTP/1.1 is"))
 
     def resume_writing(self) -> None:
         self._read = self.loop.time()

@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import json
 import logging
+import queue
 import re
 import sys
+import time
 from datetime import UTC, datetime
+from logging.handlers import QueueHandler, QueueListener
 from typing import Any, TextIO
 
 from polyrex.server.config import LogFormat
 
 from .requests import current_request
 
+logger = logging.getLogger(__name__)
+
 MOST_CHARACTERS = 256
 """Of a value of a line, and of a line of an exception."""
 _MOST_LINES = 60
 """Of an exception: the last ones say what happened."""
+_MOST_WAITING = 1 << 14  # lines
+_LAST_SECONDS = 1.0
+"""What lines that wait get at the end of the process."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
@@ -31,10 +39,39 @@ def set_up_logging(form: LogFormat | None, stream: TextIO | None = None) -> LogF
     """
     stream = stream or sys.stderr
     chosen = form or (LogFormat.text if stream.isatty() else LogFormat.json)
-    handler = logging.StreamHandler(stream)
+    lines: queue.Queue[logging.LogRecord] = queue.Queue(_MOST_WAITING)
+    handler = _WaitsForNobody(lines)
     handler.setFormatter(JsonLines() if chosen is LogFormat.json else TextLines())
+    QueueListener(lines, logging.StreamHandler(stream)).start()
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     return chosen
+
+
+class _WaitsForNobody(QueueHandler):
+    """Leaves lines to a thread. Where the terminal, or a collector, does not take them, requests
+    go on, and lines are lost that do not fit the queue."""
+
+    queue: queue.Queue[logging.LogRecord]
+
+    def __init__(self, lines: queue.Queue[logging.LogRecord]) -> None:
+        super().__init__(lines)
+        self._lost = 0
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            self.queue.put_nowait(record)
+        except queue.Full:
+            self._lost += 1
+            return
+        if self._lost:
+            lost, self._lost = self._lost, 0
+            logger.warning("%d log lines were lost: nobody took them", lost)
+
+    def flush(self) -> None:
+        """Wait a moment until the lines are written; logging does so at the end."""
+        end = time.monotonic() + _LAST_SECONDS
+        while self.queue.unfinished_tasks and time.monotonic() < end:
+            time.sleep(0.005)
 
 
 class JsonLines(logging.Formatter):

@@ -1,9 +1,9 @@
 """What the HTTP side costs: plain completions a second on one core, and a chunk of 200 streams.
 
-    PYTHONPATH=tests PYTHONSAFEPATH=1 .venv/bin/python -m bench.http.overhead
+    make bench-http
 
 The engine costs nothing. The server has one core for itself, and its clients, which are raw
-sockets, another. Contenders take turns: parsers of HTTP, and event loops. Figures are by wall time,
+sockets, another. Contenders, the parsers of HTTP, take turns. Figures are by wall time,
 and by the time that the server's process had its core, which other processes change less. At last
 profiles of the first contender tell where its time goes, itself and in what it calls.
 """
@@ -32,7 +32,6 @@ CONTENDERS: dict[str, dict[str, str]] = {
     "ours": {},
     "uvicorn's httptools": {"parser": "httptools"},
     "uvicorn's h11": {"parser": "h11"},
-    "ours on uvloop": {"loop": "uvloop"},
 }
 CONNECTIONS = 16
 COMPLETIONS = 4000

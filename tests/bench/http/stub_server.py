@@ -38,8 +38,6 @@ class Order:
     """Where it writes what it needs."""
     parser: str = "ours"
     """ours (httptools), or one of uvicorn's own: httptools, h11."""
-    loop: str = "asyncio"
-    """asyncio or uvloop."""
     step_seconds: float = 0.2
     """Between two tokens of a stream."""
     core: int | None = None
@@ -82,17 +80,7 @@ def serve(order: Order) -> None:
         gc.collect()
         gc.freeze()  # as launch/process.py does
         print(listener.getsockname()[1], flush=True)
-        with asyncio.Runner(loop_factory=_loop_factory(order.loop)) as runner:
-            runner.run(server.serve([listener]))
-
-
-def _loop_factory(name: str) -> type[asyncio.AbstractEventLoop] | None:
-    if name == "asyncio":
-        return None
-    import uvloop  # only where it is measured: it is no dependency
-
-    factory: type[asyncio.AbstractEventLoop] = uvloop.Loop
-    return factory
+        asyncio.run(server.serve([listener]))
 
 
 def breakdown(profile: cProfile.Profile) -> dict[str, float]:

@@ -77,6 +77,13 @@ def test_a_body_that_comes_in_pieces_is_served(serve: Serve) -> None:
         assert answer(connection.recv(1 << 16)).status == 200
 
 
+@pytest.mark.parametrize("rest_of_it", [b"", b"SM\r\n\r\n", b"SM\r\n\r\n\x00\x00\x00\x04\x00\x00"])
+def test_http_2_is_refused_at_once(serve: Serve, rest_of_it: bytes) -> None:
+    with connected(serve().port) as connection:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\n" + rest_of_it)
+        assert answer(connection.recv(1 << 16)).status == 400
+
+
 def test_a_client_that_waits_for_100_continue_is_told_at_once(serve: Serve) -> None:
     with connected(serve().port) as connection:
         connection.sendall(HEAD + b"\r\nexpect: 100-continue\r\n\r\n")

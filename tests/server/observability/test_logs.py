@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from polyrex.server.config import LogFormat
+from polyrex.server.observability import logs
 from polyrex.server.observability.logs import JsonLines, TextLines, set_up_logging
 from polyrex.server.observability.requests import RequestRecord, begin_request, end_request
 from polyrex.server.registry.principal import Principal
@@ -113,4 +115,24 @@ def test_people_read_text_and_collectors_json(
     monkeypatch.setattr(logging, "root", root)
     assert set_up_logging(form, stream) is chosen
     root.info("hello")
+    root.handlers[0].flush()
     assert stream.getvalue().startswith("{" if chosen is LogFormat.json else "INFO root: hello")
+
+
+def test_a_collector_that_stalls_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = logging.RootLogger(logging.WARNING)
+    monkeypatch.setattr(logging, "root", root)
+    monkeypatch.setattr(logs, "logger", root)
+    monkeypatch.setattr(logs, "_MOST_WAITING", 1000)
+    reading, writing = os.pipe()
+    with open(reading) as late, open(writing, "w") as stalled:
+        set_up_logging(LogFormat.text, stalled)
+        for number in range(5000):
+            root.info("line %d of those that nobody takes", number)
+        told = [late.readline() for _ in range(500)]
+        root.info("the next")
+        while "lost" not in told[-1]:
+            told.append(late.readline())
+    assert told[0] == "INFO root: line 0 of those that nobody takes\n"
+    assert told[-2] == "INFO root: the next\n"
+    assert f"WARNING root: {5001 + 1 - len(told)} log lines were lost" in told[-1]
