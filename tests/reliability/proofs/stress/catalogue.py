@@ -70,13 +70,13 @@ def _soak(ground: Ground, requests: int, *defects: str) -> Result:
 
 STRESS = {
     "scheduler": Proof(
-        lambda ground: scheduler(ground.small, rounds=5000),
+        lambda ground: scheduler(ground.small, rounds=200),
         lambda ground: scheduler(ground.small, rounds=20, defects=[FREED_TWICE]),
         "one block in ten that comes back to the cache is free twice",
         ["rounds with violations"],
     ),
     "scheduler-cancels": Proof(
-        lambda ground: scheduler(ground.small, rounds=1000, first=10_000),
+        lambda ground: scheduler(ground.small, rounds=100, first=10_000),
         lambda ground: scheduler(ground.small, rounds=20, defects=[SLOT_KEPT]),
         "a request that is cancelled keeps its slot of the routing table",
         ["rounds with violations"],
