@@ -38,7 +38,7 @@ from .deadlines import RunningRequests
 from .error_handlers import install_error_handlers
 from .json_body import BodyReader
 from .limits.lifetimes import Lifetimes
-from .limits.sizes import BodyLimit, HeaderLimit
+from .limits.sizes import BodyLimit, HeaderLimit, QueryLimit
 from .openapi.document import describe
 from .request_log import RequestLog
 from .routes import fit, health, lora, openai, tasks, tenants, versions
@@ -63,7 +63,7 @@ def create_app(
     Traces go where the environment says, if not to `traces`.
 
     A request passes, outermost first: the request log, the limit on its time, that on headers, the
-    guard (API keys and roles), the limit on the body, the routes.
+    guard (API keys and roles), the limits on the query and on the body, the routes.
     """
     places = Places(config, engine)
     readiness = Readiness()
@@ -102,6 +102,7 @@ def create_app(
     install_error_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, limit=config.max_body_bytes)
+    app.add_middleware(QueryLimit)
     app.add_middleware(Guard, config=config, directory=directory)
     app.add_middleware(HeaderLimit, config=config)
     app.add_middleware(Lifetimes, running=app.state.running, limit=config.request_seconds)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from starlette.datastructures import Headers
+from collections import Counter
+
+from starlette.datastructures import Headers, QueryParams
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from polyrex.server.config import ServerConfig
-from polyrex.server.errors import HeadersTooLarge, TooLarge
+from polyrex.server.errors import HeadersTooLarge, InvalidRequest, TooLarge
 from polyrex.server.http.error_handlers import error_response
 
+_SEVERAL = frozenset({"label"})
+"""The parameters of a query that may come several times."""
 _DROPPED = 16
 """How many times the body limit is read and dropped before the connection is closed."""
 
@@ -29,6 +33,23 @@ class HeaderLimit:
                 refused = HeadersTooLarge(
                     f"at most {config.max_headers} headers of {config.max_header_bytes} bytes"
                 )
+                await error_response(refused)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class QueryLimit:
+    """Refuses a query that has a parameter twice: which one would be meant is a guess."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["query_string"]:
+            names = Counter(name for name, _ in QueryParams(scope["query_string"]).multi_items())
+            twice = [name for name in names if names[name] > 1 and name not in _SEVERAL]
+            if twice:
+                refused = InvalidRequest(f"{twice[0]:.80} may come once", twice[0][:80])
                 await error_response(refused)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
