@@ -20,8 +20,6 @@ from polyrex.server.config import LogFormat
 
 from .requests import current_request
 
-logger = logging.getLogger(__name__)
-
 MOST_CHARACTERS = 256
 """Of a value of a line, and of a line of an exception."""
 _MOST_LINES = 60
@@ -51,26 +49,30 @@ class _WaitsForNobody(QueueHandler):
     """Leaves lines to a thread. Where the terminal, or a collector, does not take them, requests
     go on, and lines are lost that do not fit the queue."""
 
-    queue: queue.Queue[logging.LogRecord]
-
     def __init__(self, lines: queue.Queue[logging.LogRecord]) -> None:
         super().__init__(lines)
+        self._lines = lines
         self._lost = 0
 
     def enqueue(self, record: logging.LogRecord) -> None:
         try:
-            self.queue.put_nowait(record)
+            if self._lost:
+                self._lines.put_nowait(self._notice())
+                self._lost = 0
+            self._lines.put_nowait(record)
         except queue.Full:
             self._lost += 1
-            return
-        if self._lost:
-            lost, self._lost = self._lost, 0
-            logger.warning("%d log lines were lost: nobody took them", lost)
+
+    def _notice(self) -> logging.LogRecord:
+        text = "%d log lines were lost: nobody took them"
+        about = (__name__, logging.WARNING, __file__, 0, text, (self._lost,), None)
+        notice: logging.LogRecord = self.prepare(logging.LogRecord(*about))
+        return notice
 
     def flush(self) -> None:
         """Wait a moment until the lines are written; logging does so at the end."""
         end = time.monotonic() + _LAST_SECONDS
-        while self.queue.unfinished_tasks and time.monotonic() < end:
+        while self._lines.unfinished_tasks and time.monotonic() < end:
             time.sleep(0.005)
 
 
