@@ -3,9 +3,9 @@
     make bench-http
 
 The engine costs nothing. The server has one core for itself, and its clients, which are raw
-sockets, another. Contenders, the parsers of HTTP, take turns. Figures are by wall time,
-and by the time that the server's process had its core, which other processes change less. At last
-profiles of the first contender tell where its time goes, itself and in what it calls.
+sockets, another. Contenders, the parsers of HTTP, take turns. Figures are by wall time, and by the
+time that the server's process had its core, which other processes change less. At last profiles of
+the first contender tell where its time goes, itself and in what it calls.
 """
 
 from __future__ import annotations

@@ -265,10 +265,13 @@ def test_one_whose_time_is_over_is_not_started_though_its_timer_is_late() -> Non
     run_virtually(run())
 
 
-def test_others_find_free_places_beside_a_tenant_that_has_its_share() -> None:
+@pytest.mark.parametrize(("most", "full", "left"), [(64, 68, 60), (24, 26, 22), (8, 9, 7)])
+def test_others_find_free_places_beside_a_tenant_that_has_its_share(
+    most: int, full: int, left: int
+) -> None:
     async def run() -> list[int]:
         found = []
-        at = places(SteppingEngine(most_running=64))
+        at = places(SteppingEngine(most_running=most))
         with ExitStack() as held:
             for others in (False, True):
                 if others:
@@ -278,11 +281,11 @@ def test_others_find_free_places_beside_a_tenant_that_has_its_share() -> None:
                     fill(flood, "a", 100, at)
                     found.append(at.running)
                     if others:
-                        assert not any(place.waits for place in fill(held, "b", 8, at))
-                        assert at.running == 68
+                        assert not any(place.waits for place in fill(held, "b", full - left, at))
+                        assert at.running == full
         return found
 
-    assert run_virtually(run()) == [68, 60]
+    assert run_virtually(run()) == [full, left]
 
 
 def test_weights_divide_the_engine() -> None:
